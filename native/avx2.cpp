@@ -1,0 +1,302 @@
+// AVX2 with FMA and F16C. Each function does what its namesake in portable.hpp or portable.cpp does, 8
+// numbers at a time; what is missing here is portable's.
+#include <immintrin.h>
+
+#include "portable.hpp"
+
+namespace halfbyte {
+namespace {
+
+__m256 load8(const void* numbers, Type type, std::int64_t i) {
+    if (type == Type::f32) return _mm256_loadu_ps(static_cast<const float*>(numbers) + i);
+    const __m128i words =
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const std::uint16_t*>(numbers) + i));
+    if (type == Type::f16) return _mm256_cvtph_ps(words);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+
+// Rounds to nearest even at bit 16, leaving the low half undefined. NaN is not kept.
+__m256i round_at_16(__m256 numbers) {
+    const __m256i bits = _mm256_castps_si256(numbers);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+
+__m256 rounded8(__m256 numbers, Type type) {
+    if (type == Type::f32) return numbers;
+    if (type == Type::f16)
+        return _mm256_cvtph_ps(_mm256_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(round_at_16(numbers), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// Two bf16 of 16 bits each from two vectors of floats that are finite.
+__m256i bf16_of(__m256 first, __m256 second) {
+    const __m256i low = _mm256_srli_epi32(round_at_16(first), 16),
+                  high = _mm256_srli_epi32(round_at_16(second), 16);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+}
+
+void to_float(const void* numbers, Type type, std::int64_t count, float* out) {
+    std::int64_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, load8(numbers, type, i));
+    for (; i < count; ++i) out[i] = plain::load(numbers, type, i);
+}
+
+void from_float(const float* numbers, Type type, std::int64_t count, void* out) {
+    std::int64_t i = 0;
+    auto* words = static_cast<std::uint16_t*>(out);
+    if (type == Type::f16)
+        for (; i + 8 <= count; i += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(words + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(numbers + i), _MM_FROUND_TO_NEAREST_INT));
+    if (type == Type::bf16)
+        for (; i + 16 <= count; i += 16) {
+            const __m256 first = _mm256_loadu_ps(numbers + i), second = _mm256_loadu_ps(numbers + i + 8);
+            const __m256 nan = _mm256_or_ps(_mm256_cmp_ps(first, first, _CMP_UNORD_Q),
+                                            _mm256_cmp_ps(second, second, _CMP_UNORD_Q));
+            if (_mm256_movemask_ps(nan) != 0)
+                for (int j = 0; j < 16; ++j) plain::store(out, type, i + j, numbers[i + j]);
+            else
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i), bf16_of(first, second));
+        }
+    for (; i < count; ++i) plain::store(out, type, i, numbers[i]);
+}
+
+void block_scales(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+                  std::int64_t first, std::int64_t last, float* scales) {
+    for (std::int64_t b = first; b < last; ++b) {
+        const plain::Block block = plain::block_of(b, count, blocksize);
+        if (block.end - block.begin < blocksize) {
+            plain::block_scales(numbers, type, count, blocksize, b, b + 1, scales);
+            continue;
+        }
+        __m256i largest = _mm256_setzero_si256();
+        for (std::int64_t i = block.begin; i < block.end; i += 8) {
+            const __m256i bits = _mm256_castps_si256(load8(numbers, type, i));
+            largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+        }
+        std::uint32_t each[8], most = 0;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(each), largest);
+        for (const std::uint32_t bits : each) most = bits > most ? bits : most;
+        scales[b] = plain::bits_as<float>(most);
+    }
+}
+
+// A table of 16 floats looked up by the low four bits of each lane.
+struct Table {
+    __m256 low, high;
+
+    explicit Table(const float* values) : low(_mm256_loadu_ps(values)), high(_mm256_loadu_ps(values + 8)) {}
+
+    __m256 at(__m256i index) const {
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 is the sign
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                                upper);
+    }
+};
+
+__m256i rank8(const Codebook& codebook, __m256 x) {
+    __m256i r = _mm256_setzero_si256();
+    for (int t = 0; t < 15; ++t) {
+        const __m256 above = _mm256_cmp_ps(x, _mm256_broadcast_ss(codebook.thresholds + t), _CMP_GT_OQ);
+        r = _mm256_sub_epi32(r, _mm256_castps_si256(above));
+    }
+    return r;
+}
+
+void encode(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+            const Codebook& codebook, const float* scales, std::int64_t first, std::int64_t last,
+            std::uint8_t* codes) {
+    const __m128i order = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook.order));
+    for (std::int64_t b = first; b < last; ++b) {
+        const plain::Block block = plain::block_of(b, count, blocksize);
+        if (block.end - block.begin < blocksize) {
+            plain::encode(numbers, type, count, blocksize, codebook, scales, b, b + 1, codes);
+            continue;
+        }
+        const __m256 inv = _mm256_set1_ps(plain::inverse(scales[b]));
+        for (std::int64_t i = block.begin; i < block.end; i += 16) {
+            const __m256i r0 = rank8(codebook, _mm256_mul_ps(load8(numbers, type, i), inv));
+            const __m256i r1 = rank8(codebook, _mm256_mul_ps(load8(numbers, type, i + 8), inv));
+            const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(r0, r1), 0xd8);
+            const __m128i ranks =
+                _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+            const __m128i code = _mm_shuffle_epi8(order, ranks);
+            // The first of two codes counts 16, the second 1.
+            const __m128i pairs = _mm_maddubs_epi16(code, _mm_set1_epi16(0x0110));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i / 2), _mm_packus_epi16(pairs, pairs));
+        }
+    }
+}
+
+float sum_of(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+plain::Fit fit_at(const float* block, std::int64_t blocksize, const Codebook& codebook, const Table& values,
+                  float scale) {
+    const __m256 inv = _mm256_set1_ps(plain::inverse(scale)), scales = _mm256_set1_ps(scale);
+    __m256 error = _mm256_setzero_ps(), along = error, norm = error;
+    for (std::int64_t i = 0; i < blocksize; i += 8) {
+        const __m256 number = _mm256_loadu_ps(block + i);
+        const __m256 value = values.at(rank8(codebook, _mm256_mul_ps(number, inv)));
+        const __m256 off = _mm256_fnmadd_ps(value, scales, number);
+        error = _mm256_fmadd_ps(off, off, error);
+        along = _mm256_fmadd_ps(number, value, along);
+        norm = _mm256_fmadd_ps(value, value, norm);
+    }
+    const float total = sum_of(norm);
+    return {sum_of(error), total > 0 ? sum_of(along) / total : scale};
+}
+
+void search_scales(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+                   const Codebook& codebook, const Search& search, std::int64_t first, std::int64_t last,
+                   float* scales) {
+    const Table values(codebook.values);
+    block_scales(numbers, type, count, blocksize, first, last, scales);
+    float block[4096];
+    for (std::int64_t b = first; b < last; ++b) {
+        const plain::Block span = plain::block_of(b, count, blocksize);
+        const std::int64_t size = span.end - span.begin;
+        const std::int64_t element = type == Type::f32 ? 4 : 2;
+        to_float(static_cast<const char*>(numbers) + span.begin * element, type, size, block);
+        // Zeros add nothing to any of the three sums: the value nearest to zero is zero.
+        for (std::int64_t i = size; i < blocksize; ++i) block[i] = 0.0f;
+        scales[b] = plain::search_block(scales[b], search, [&](float scale) {
+            return fit_at(block, blocksize, codebook, values, scale);
+        });
+    }
+}
+
+// Calls `vector(element, even, odd)` for 16 elements at a time (in order: even[0], odd[0], even[1], …) and
+// `single(element, value)` for the rest.
+template <class Vector, class Single>
+void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Vector&& vector,
+                 Single&& single) {
+    const Table table(weight.codebook);
+    plain::for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
+        if (e % 2 != 0) {
+            single(e, plain::value_at(weight, e, scale));
+            ++e;
+        }
+        const __m256 scales = _mm256_set1_ps(scale);
+        for (; e + 16 <= end; e += 16) {
+            const __m256i bytes =
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight.codes + e / 2)));
+            vector(e, _mm256_mul_ps(table.at(_mm256_srli_epi32(bytes, 4)), scales),
+                   _mm256_mul_ps(table.at(bytes), scales));
+        }
+        for (; e < end; ++e) single(e, plain::value_at(weight, e, scale));
+    });
+}
+
+void decode_wide(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out) {
+    decode_span(
+        weight, begin, count,
+        [&](std::int64_t e, __m256 even, __m256 odd) {
+            const __m256 low = _mm256_unpacklo_ps(rounded8(even, type), rounded8(odd, type));
+            const __m256 high = _mm256_unpackhi_ps(rounded8(even, type), rounded8(odd, type));
+            _mm256_storeu_ps(out + (e - begin), _mm256_permute2f128_ps(low, high, 0x20));
+            _mm256_storeu_ps(out + (e - begin) + 8, _mm256_permute2f128_ps(low, high, 0x31));
+        },
+        [&](std::int64_t e, float value) { out[e - begin] = plain::rounded(value, type); });
+}
+
+void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, void* out) {
+    if (type == Type::f32) return decode_wide(weight, begin, count, type, static_cast<float*>(out));
+    auto* words = static_cast<std::uint16_t*>(out);
+    decode_span(
+        weight, begin, count,
+        [&](std::int64_t e, __m256 even, __m256 odd) {
+            __m256i lanes;
+            if (type == Type::f16) {
+                const __m256i low = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(even, _MM_FROUND_TO_NEAREST_INT));
+                const __m256i high = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(odd, _MM_FROUND_TO_NEAREST_INT));
+                lanes = _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+            } else {
+                lanes = _mm256_blend_epi16(_mm256_srli_epi32(round_at_16(even), 16), round_at_16(odd), 0xaa);
+            }
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + (e - begin)), lanes);
+        },
+        [&](std::int64_t e, float value) { plain::store(out, type, e - begin, value); });
+}
+
+// R rows by two vectors of columns.
+template <int R>
+void tile(const float* a, std::int64_t stride, const float* panel, std::int64_t depth, bool add,
+          float* sums) {
+    __m256 c[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v)
+            c[r][v] = add ? _mm256_loadu_ps(sums + r * kPanel + 8 * v) : _mm256_setzero_ps();
+    for (std::int64_t d = 0; d < depth; ++d) {
+        const __m256 b0 = _mm256_loadu_ps(panel + d * kPanel), b1 = _mm256_loadu_ps(panel + d * kPanel + 8);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const __m256 factor = _mm256_broadcast_ss(a + r * stride + d);
+            c[r][0] = _mm256_fmadd_ps(factor, b0, c[r][0]);
+            c[r][1] = _mm256_fmadd_ps(factor, b1, c[r][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) _mm256_storeu_ps(sums + r * kPanel + 8 * v, c[r][v]);
+}
+
+void multiply(const std::uint32_t* lanes, std::int64_t stride, std::int64_t rows,
+              const std::uint32_t* panel_lanes, std::int64_t columns, std::int64_t depth, bool add,
+              float* sums) {
+    const auto* a = reinterpret_cast<const float*>(lanes);
+    const auto* panel = reinterpret_cast<const float*>(panel_lanes);
+    for (std::int64_t j = 0; j < columns; j += 16) {
+        std::int64_t i = 0;
+        for (; i + 6 <= rows; i += 6)
+            tile<6>(a + i * stride, stride, panel + j, depth, add, sums + i * kPanel + j);
+        for (; i + 2 <= rows; i += 2)
+            tile<2>(a + i * stride, stride, panel + j, depth, add, sums + i * kPanel + j);
+        if (i < rows) tile<1>(a + i * stride, stride, panel + j, depth, add, sums + i * kPanel + j);
+    }
+}
+
+void dot(const float* w, const float* a, std::int64_t stride, int rows, std::int64_t count, float* sums) {
+    for (int i = 0; i < rows; ++i) {
+        const float* row = a + i * stride;
+        __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0;
+        std::int64_t k = 0;
+        for (; k + 16 <= count; k += 16) {
+            sum0 = _mm256_fmadd_ps(_mm256_loadu_ps(w + k), _mm256_loadu_ps(row + k), sum0);
+            sum1 = _mm256_fmadd_ps(_mm256_loadu_ps(w + k + 8), _mm256_loadu_ps(row + k + 8), sum1);
+        }
+        float rest = 0;
+        for (; k < count; ++k) rest += w[k] * row[k];
+        sums[i] += sum_of(_mm256_add_ps(sum0, sum1)) + rest;
+    }
+}
+
+}  // namespace
+
+const Kernels* avx2_kernels() {
+    static const Kernels kernels = [] {
+        Kernels k = *portable_kernels();
+        k.name = "avx2";
+        k.block_scales = block_scales;
+        k.search_scales = search_scales;
+        k.encode = encode;
+        k.decode = decode;
+        k.decode_wide = decode_wide;
+        k.multiply = multiply;
+        k.dot = dot;
+        k.to_float = to_float;
+        k.from_float = from_float;
+        return k;
+    }();
+    return &kernels;
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,325 @@
+// AVX-512 (F, BW, DQ, VL, with F16C and FMA). Each function does what its namesake in portable.hpp or
+// portable.cpp does, 16 numbers at a time.
+#include <immintrin.h>
+
+#include "avx512_tile.hpp"
+#include "portable.hpp"
+
+namespace halfbyte {
+namespace {
+
+struct Floats {
+    static __m512 fma(__m512 c, __m512i a, __m512i b) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), c);
+    }
+};
+
+__m512 load16(const void* numbers, Type type, std::int64_t i) {
+    if (type == Type::f32) return _mm512_loadu_ps(static_cast<const float*>(numbers) + i);
+    const __m256i words =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const std::uint16_t*>(numbers) + i));
+    if (type == Type::f16) return _mm512_cvtph_ps(words);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+// Rounds to nearest even at bit 16, leaving the low half undefined. NaN is not kept: scales are finite.
+__m512i round_at_16(__m512 numbers) {
+    const __m512i bits = _mm512_castps_si512(numbers);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+
+__m512 rounded16(__m512 numbers, Type type) {
+    if (type == Type::f32) return numbers;
+    if (type == Type::f16)
+        return _mm512_cvtph_ps(_mm512_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(round_at_16(numbers), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+void to_float(const void* numbers, Type type, std::int64_t count, float* out) {
+    std::int64_t i = 0;
+    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(out + i, load16(numbers, type, i));
+    for (; i < count; ++i) out[i] = plain::load(numbers, type, i);
+}
+
+void from_float(const float* numbers, Type type, std::int64_t count, void* out) {
+    std::int64_t i = 0;
+    if (type == Type::f32) {
+        std::memcpy(out, numbers, static_cast<std::size_t>(count) * sizeof(float));
+        return;
+    }
+    auto* words = static_cast<std::uint16_t*>(out);
+    for (; i + 16 <= count; i += 16) {
+        const __m512 wide = _mm512_loadu_ps(numbers + i);
+        __m256i narrow = _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        if (type == Type::bf16) {
+            const __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
+            const __m512i bits = _mm512_mask_or_epi32(round_at_16(wide), nan, _mm512_castps_si512(wide),
+                                                      _mm512_set1_epi32(1 << 22));
+            narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i), narrow);
+    }
+    for (; i < count; ++i) plain::store(out, type, i, numbers[i]);
+}
+
+void block_scales(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+                  std::int64_t first, std::int64_t last, float* scales) {
+    for (std::int64_t b = first; b < last; ++b) {
+        const plain::Block block = plain::block_of(b, count, blocksize);
+        if (block.end - block.begin < blocksize) {
+            plain::block_scales(numbers, type, count, blocksize, b, b + 1, scales);
+            continue;
+        }
+        __m512i largest = _mm512_setzero_si512();
+        for (std::int64_t i = block.begin; i < block.end; i += 16) {
+            const __m512i bits = _mm512_castps_si512(load16(numbers, type, i));
+            largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+        }
+        scales[b] = plain::bits_as<float>(_mm512_reduce_max_epu32(largest));
+    }
+}
+
+// The tables of a codebook in registers.
+struct Tables {
+    __m512 half, quarter, eighth, last, values;
+    __m512i order;
+
+    explicit Tables(const Codebook& codebook) {
+        float shifted[3][16];
+        for (int i = 0; i < 16; ++i) {
+            shifted[0][i] = codebook.thresholds[(i + 3) & 15];
+            shifted[1][i] = codebook.thresholds[(i + 1) & 15];
+            shifted[2][i] = codebook.thresholds[i];
+        }
+        half = _mm512_set1_ps(codebook.thresholds[7]);
+        quarter = _mm512_loadu_ps(shifted[0]);
+        eighth = _mm512_loadu_ps(shifted[1]);
+        last = _mm512_loadu_ps(shifted[2]);
+        values = _mm512_loadu_ps(codebook.values);
+        order = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook.order)));
+    }
+
+    // Binary search, as `plain::rank`.
+    __m512i rank(__m512 x) const {
+        __m512i r = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x, half, _CMP_GT_OQ), 8);
+        r = step(r, x, quarter, 4);
+        r = step(r, x, eighth, 2);
+        return step(r, x, last, 1);
+    }
+
+  private:
+    static __m512i step(__m512i r, __m512 x, __m512 table, int size) {
+        const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(r, table), _CMP_GT_OQ);
+        return _mm512_mask_add_epi32(r, above, r, _mm512_set1_epi32(size));
+    }
+};
+
+void encode(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+            const Codebook& codebook, const float* scales, std::int64_t first, std::int64_t last,
+            std::uint8_t* codes) {
+    const Tables tables(codebook);
+    for (std::int64_t b = first; b < last; ++b) {
+        const plain::Block block = plain::block_of(b, count, blocksize);
+        if (block.end - block.begin < blocksize) {
+            plain::encode(numbers, type, count, blocksize, codebook, scales, b, b + 1, codes);
+            continue;
+        }
+        const __m512 inv = _mm512_set1_ps(plain::inverse(scales[b]));
+        for (std::int64_t i = block.begin; i < block.end; i += 16) {
+            const __m512i rank = tables.rank(_mm512_mul_ps(load16(numbers, type, i), inv));
+            const __m512i code = _mm512_permutexvar_epi32(rank, tables.order);
+            const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i / 2), _mm512_cvtepi64_epi8(pairs));
+        }
+    }
+}
+
+plain::Fit fit_at(const float* block, std::int64_t blocksize, const Tables& tables, float scale) {
+    const __m512 inv = _mm512_set1_ps(plain::inverse(scale)), minus = _mm512_set1_ps(-scale);
+    __m512 error = _mm512_setzero_ps(), along = error, norm = error;
+    for (std::int64_t i = 0; i < blocksize; i += 16) {
+        const __m512 number = _mm512_loadu_ps(block + i);
+        const __m512 value = _mm512_permutexvar_ps(tables.rank(_mm512_mul_ps(number, inv)), tables.values);
+        const __m512 off = _mm512_fmadd_ps(value, minus, number);
+        error = _mm512_fmadd_ps(off, off, error);
+        along = _mm512_fmadd_ps(number, value, along);
+        norm = _mm512_fmadd_ps(value, value, norm);
+    }
+    const float total = _mm512_reduce_add_ps(norm);
+    return {_mm512_reduce_add_ps(error), total > 0 ? _mm512_reduce_add_ps(along) / total : scale};
+}
+
+void search_scales(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+                   const Codebook& codebook, const Search& search, std::int64_t first, std::int64_t last,
+                   float* scales) {
+    const Tables tables(codebook);
+    block_scales(numbers, type, count, blocksize, first, last, scales);
+    float block[4096];
+    for (std::int64_t b = first; b < last; ++b) {
+        const plain::Block span = plain::block_of(b, count, blocksize);
+        const std::int64_t size = span.end - span.begin;
+        const std::int64_t element = type == Type::f32 ? 4 : 2;
+        to_float(static_cast<const char*>(numbers) + span.begin * element, type, size, block);
+        // Zeros add nothing to any of the three sums: the value nearest to zero is zero.
+        for (std::int64_t i = size; i < blocksize; ++i) block[i] = 0.0f;
+        scales[b] = plain::search_block(scales[b], search,
+                                        [&](float scale) { return fit_at(block, blocksize, tables, scale); });
+    }
+}
+
+// 32 values (or as many pairs as `mask` has) from 16 bytes: even elements, odd elements.
+struct Values {
+    __m512 even, odd;
+};
+
+Values values_of(const std::uint8_t* bytes, __mmask16 mask, __m512 table, __m512 scale) {
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
+    return {_mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), scale),
+            _mm512_mul_ps(_mm512_permutexvar_ps(byte, table), scale)};
+}
+
+// A pair of 16-bit numbers per lane, the even element in the low half.
+__m512i words_of(Values values, Type type) {
+    if (type == Type::f16) {
+        constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        const __m512i even = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(values.even, mode));
+        const __m512i odd = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(values.odd, mode));
+        return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+    }
+    const __m512i even = _mm512_srli_epi32(round_at_16(values.even), 16);
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, even, round_at_16(values.odd));
+}
+
+void store_floats(float* out, __mmask16 mask, Values values) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const std::uint32_t both = _pdep_u32(mask, 0x55555555u) * 3u;
+    _mm512_mask_storeu_ps(out, static_cast<__mmask16>(both),
+                          _mm512_permutex2var_ps(values.even, low, values.odd));
+    _mm512_mask_storeu_ps(out + 16, static_cast<__mmask16>(both >> 16),
+                          _mm512_permutex2var_ps(values.even, high, values.odd));
+}
+
+// Calls `vector(element, mask, values)` for up to 16 pairs at a time and `single(element, value)` for an
+// element that shares its byte with one outside.
+template <class Vector, class Single>
+void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Vector&& vector,
+                 Single&& single) {
+    const __m512 table = _mm512_loadu_ps(weight.codebook);
+    plain::for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
+        if (e % 2 != 0) {
+            single(e, plain::value_at(weight, e, scale));
+            ++e;
+        }
+        const __m512 scales = _mm512_set1_ps(scale);
+        while (e + 1 < end) {
+            const std::int64_t pairs = (end - e) / 2;
+            const auto mask = static_cast<__mmask16>(pairs >= 16 ? 0xffff : (1 << pairs) - 1);
+            vector(e, mask, values_of(weight.codes + e / 2, mask, table, scales));
+            e += pairs >= 16 ? 32 : 2 * pairs;
+        }
+        if (e < end) single(e, plain::value_at(weight, e, scale));
+    });
+}
+
+void decode_wide(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out) {
+    decode_span(
+        weight, begin, count,
+        [&](std::int64_t e, __mmask16 mask, Values values) {
+            store_floats(out + (e - begin), mask,
+                         {rounded16(values.even, type), rounded16(values.odd, type)});
+        },
+        [&](std::int64_t e, float value) { out[e - begin] = plain::rounded(value, type); });
+}
+
+void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, void* out) {
+    if (type == Type::f32) return decode_wide(weight, begin, count, type, static_cast<float*>(out));
+    auto* words = static_cast<std::uint16_t*>(out);
+    decode_span(
+        weight, begin, count,
+        [&](std::int64_t e, __mmask16 mask, Values values) {
+            _mm512_mask_storeu_epi32(words + (e - begin), mask, words_of(values, type));
+        },
+        [&](std::int64_t e, float value) { plain::store(out, type, e - begin, value); });
+}
+
+// 16 rows of 16 lanes to 16 columns.
+void transpose16(const std::uint32_t* rows, std::int64_t stride, std::uint32_t* panel) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        _mm512_storeu_si512(panel + i * kPanel, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        _mm512_storeu_si512(panel + (i + 8) * kPanel, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    }
+}
+
+void transpose(const std::uint32_t* rows, std::int64_t stride, std::int64_t columns, std::int64_t depth,
+               std::uint32_t* panel) {
+    const std::int64_t whole_columns = columns / 16 * 16, whole_depth = depth / 16 * 16;
+    for (std::int64_t j = 0; j < whole_columns; j += 16)
+        for (std::int64_t d = 0; d < whole_depth; d += 16)
+            transpose16(rows + j * stride + d, stride, panel + d * kPanel + j);
+    for (std::int64_t d = 0; d < depth; ++d) {
+        const std::int64_t done = d < whole_depth ? whole_columns : 0;
+        for (std::int64_t j = done; j < columns; ++j) panel[d * kPanel + j] = rows[j * stride + d];
+        for (std::int64_t j = columns; j < kPanel; ++j) panel[d * kPanel + j] = 0;
+    }
+}
+
+void dot(const float* w, const float* a, std::int64_t stride, int rows, std::int64_t count, float* sums) {
+    for (int i = 0; i < rows; ++i) {
+        const float* row = a + i * stride;
+        __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
+        std::int64_t k = 0;
+        for (; k + 32 <= count; k += 32) {
+            sum0 = _mm512_fmadd_ps(_mm512_loadu_ps(w + k), _mm512_loadu_ps(row + k), sum0);
+            sum1 = _mm512_fmadd_ps(_mm512_loadu_ps(w + k + 16), _mm512_loadu_ps(row + k + 16), sum1);
+        }
+        for (; k < count; k += 16) {
+            const auto mask = static_cast<__mmask16>(count - k >= 16 ? 0xffff : (1 << (count - k)) - 1);
+            sum0 = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, w + k), _mm512_maskz_loadu_ps(mask, row + k),
+                                   sum0);
+        }
+        sums[i] += _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
+    }
+}
+
+constexpr Kernels kAvx512 = {
+    .name = "avx512",
+    .block_scales = block_scales,
+    .search_scales = search_scales,
+    .encode = encode,
+    .decode = decode,
+    .decode_wide = decode_wide,
+    .transpose = transpose,
+    .multiply = multiply_tiles<Floats>,
+    .multiply_pairs = nullptr,
+    .dot = dot,
+    .dot_bf16 = nullptr,
+    .to_float = to_float,
+    .from_float = from_float,
+};
+
+}  // namespace
+
+const Kernels* avx512_kernels() { return &kAvx512; }
+
+}  // namespace halfbyte

@@ -1,0 +1,156 @@
+// The Python module `halfbyte._native`: pointers and sizes in, nothing checked (that is `ops.py`), no tensors
+// known.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "dispatch.hpp"
+#include "linear.hpp"
+#include "parallel.hpp"
+
+namespace nb = nanobind;
+
+namespace halfbyte {
+namespace {
+
+using Pointer = std::uintptr_t;
+using WeightTuple =
+    std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, float, std::int64_t, std::int64_t, std::int64_t>;
+using CodebookTuple = std::tuple<std::array<float, 15>, std::array<int, 16>, std::array<float, 16>>;
+using SearchTuple = std::tuple<float, float, int, int>;
+
+std::atomic<const Kernels*> active{nullptr};
+
+const Kernels& kernels() {
+    const Kernels* chosen = active.load(std::memory_order_relaxed);
+    return chosen != nullptr ? *chosen : *best_kernels();
+}
+
+template <class T>
+T* at(Pointer pointer) {
+    return reinterpret_cast<T*>(pointer);
+}
+
+Weight weight_of(const WeightTuple& t) {
+    return {.codes = at<const std::uint8_t>(std::get<0>(t)),
+            .scales = at<const void>(std::get<1>(t)),
+            .codebook = at<const float>(std::get<2>(t)),
+            .nested_scales = at<const float>(std::get<3>(t)),
+            .nested_codebook = at<const float>(std::get<4>(t)),
+            .offset = std::get<5>(t),
+            .blocksize = std::get<6>(t),
+            .rows = std::get<7>(t),
+            .cols = std::get<8>(t)};
+}
+
+Codebook codebook_of(const CodebookTuple& t) {
+    Codebook codebook{};
+    std::copy_n(std::get<0>(t).begin(), 15, codebook.thresholds);
+    std::transform(std::get<1>(t).begin(), std::get<1>(t).end(), codebook.order,
+                   [](int code) { return static_cast<std::uint8_t>(code); });
+    std::copy_n(std::get<2>(t).begin(), 16, codebook.values);
+    return codebook;
+}
+
+template <class Work>
+void over_blocks(std::int64_t count, std::int64_t blocksize, int threads, Work&& work) {
+    auto part = [&](std::int64_t, std::int64_t first, std::int64_t last) { work(first, last); };
+    parallel((count + blocksize - 1) / blocksize, threads, part);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    const auto release = nb::call_guard<nb::gil_scoped_release>();
+
+    m.def("instruction_sets", [] {
+        std::vector<std::pair<std::string, std::string>> states;
+        for (int i = 0; i < kInstructionSets; ++i) {
+            const InstructionSet& set = instruction_sets()[i];
+            states.emplace_back(set.name, set.kernels == nullptr ? "not compiled"
+                                          : set.runs             ? "runs"
+                                                                 : "not here");
+        }
+        return states;
+    });
+    m.def("active", [] { return std::string(kernels().name); });
+    m.def("thread_source", [] { return std::string(thread_source()); });
+    m.def("use", [](const std::string& name) {
+        for (int i = 0; i < kInstructionSets; ++i) {
+            const InstructionSet& set = instruction_sets()[i];
+            if (name != set.name || set.kernels == nullptr || !set.runs) continue;
+            active.store(set.kernels);
+            return true;
+        }
+        return false;
+    });
+
+    m.def(
+        "block_scales",
+        [](Pointer numbers, int type, std::int64_t count, std::int64_t blocksize, Pointer scales,
+           int threads) {
+            over_blocks(count, blocksize, threads, [&](std::int64_t first, std::int64_t last) {
+                kernels().block_scales(at<const void>(numbers), Type(type), count, blocksize, first, last,
+                                       at<float>(scales));
+            });
+        },
+        release);
+    m.def(
+        "search_scales",
+        [](Pointer numbers, int type, std::int64_t count, std::int64_t blocksize, const CodebookTuple& values,
+           const SearchTuple& where, Pointer scales, int threads) {
+            const Codebook codebook = codebook_of(values);
+            const auto [from, to, trials, refinements] = where;
+            const Search search{from, to, trials, refinements};
+            over_blocks(count, blocksize, threads, [&](std::int64_t first, std::int64_t last) {
+                kernels().search_scales(at<const void>(numbers), Type(type), count, blocksize, codebook,
+                                        search, first, last, at<float>(scales));
+            });
+        },
+        release);
+    m.def(
+        "encode",
+        [](Pointer numbers, int type, std::int64_t count, std::int64_t blocksize, const CodebookTuple& values,
+           Pointer scales, Pointer codes, int threads) {
+            const Codebook codebook = codebook_of(values);
+            over_blocks(count, blocksize, threads, [&](std::int64_t first, std::int64_t last) {
+                kernels().encode(at<const void>(numbers), Type(type), count, blocksize, codebook,
+                                 at<const float>(scales), first, last, at<std::uint8_t>(codes));
+            });
+        },
+        release);
+    m.def(
+        "dequantize",
+        [](const WeightTuple& weight, int type, Pointer out, int threads) {
+            dequantize(kernels(), weight_of(weight), Type(type), at<void>(out), threads);
+        },
+        release);
+    m.def(
+        "linear",
+        [](const WeightTuple& weight, int type, Pointer x, std::int64_t M, Pointer bias, Pointer y,
+           int threads) {
+            linear(kernels(), weight_of(weight), Type(type), at<const void>(x), M, at<const void>(bias),
+                   at<void>(y), threads);
+        },
+        release);
+    m.def(
+        "linear_grad",
+        [](const WeightTuple& weight, int type, Pointer dy, std::int64_t M, Pointer dx, int threads) {
+            linear_grad(kernels(), weight_of(weight), Type(type), at<const void>(dy), M, at<void>(dx),
+                        threads);
+        },
+        release);
+}
+
+}  // namespace halfbyte

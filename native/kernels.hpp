@@ -1,0 +1,112 @@
+// What a set of kernels offers, and the memory it works on. This header is the contract: `portable.cpp` is
+// the readable version of every function, the other files hold the same for one instruction set each.
+//
+// All memory belongs to the caller. Nothing is aligned beyond its element. No function throws or keeps state.
+// A file compiled for an instruction set must define nothing that the linker could share with other files
+// (inline functions and templates outside an unnamed namespace): the copy it keeps might not run on the
+// processor at hand.
+//
+// Lanes. Products are computed on 32-bit lanes: a float, or a pair of bf16 numbers that stand next to each
+// other along the summed dimension (the first in the low half). A panel is a (depth, kPanel) matrix of lanes.
+#pragma once
+
+#include <cstdint>
+
+namespace halfbyte {
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr int kPanel = 64;         // columns of a panel: 4 vectors of 16 lanes at AVX-512
+constexpr int kNestedBlock = 256;  // scales per nested scale
+constexpr int kMaxDotRows = 8;     // most rows of activations that `dot` takes at once
+
+// A quantised (rows, cols) matrix. Element e = row * cols + col: its code is the high nibble of codes[e / 2]
+// for even e, the low one for odd e; its value is codebook[code] * scale[e / blocksize]. `scales` holds uint8
+// when nested_scales is set, and then scale[g] = nested_codebook[scales[g]] * nested_scales[g / 256] + offset
+// with every operation rounded to float; otherwise it holds float.
+struct Weight {
+    const std::uint8_t* codes;
+    const void* scales;
+    const float* codebook;         // 16
+    const float* nested_scales;    // or null
+    const float* nested_codebook;  // 256, or null
+    float offset;
+    std::int64_t blocksize;  // a multiple of 64
+    std::int64_t rows, cols;
+};
+
+// A codebook for encoding: entry r in ascending order of value is values[r] with code order[r]; a number
+// belongs to the entry whose r is the count of thresholds below it. Unused thresholds are +infinity.
+struct Codebook {
+    float thresholds[16];  // 15 used
+    float values[16];
+    std::uint8_t order[16];
+};
+
+// Trial scales: `trials` fractions of the largest magnitude from `first` to `last`, then `refinements` moves
+// to the least-squares scale of the codes.
+struct Search {
+    float first, last;
+    int trials, refinements;
+};
+
+struct Kernels {
+    const char* name;
+
+    // scales[b] = largest magnitude of block b of `count` consecutive numbers, for blocks first … last-1; not
+    // finite where the block holds something not finite.
+    void (*block_scales)(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+                         std::int64_t first, std::int64_t last, float* scales);
+
+    // scales[b] = the scale of least squared error found for block b.
+    void (*search_scales)(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+                          const Codebook& codebook, const Search& search, std::int64_t first,
+                          std::int64_t last, float* scales);
+
+    // The codes of blocks first … last-1, two to a byte.
+    void (*encode)(const void* numbers, Type type, std::int64_t count, std::int64_t blocksize,
+                   const Codebook& codebook, const float* scales, std::int64_t first, std::int64_t last,
+                   std::uint8_t* codes);
+
+    // `count` values from element `begin` on, rounded to `type` and written in that type.
+    void (*decode)(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, void* out);
+
+    // The same values, rounded to `type`, written as floats.
+    void (*decode_wide)(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out);
+
+    // panel[d * kPanel + j] = rows[j * stride + d] for d < depth, j < columns; the columns above get zeros.
+    void (*transpose)(const std::uint32_t* rows, std::int64_t stride, std::int64_t columns,
+                      std::int64_t depth, std::uint32_t* panel);
+
+    // sums[i * kPanel + j] (+)= sum over d < depth of a[i * stride + d] · panel[d * kPanel + j], for i < rows
+    // and j < columns rounded up to a whole vector. Lanes are floats.
+    void (*multiply)(const std::uint32_t* a, std::int64_t stride, std::int64_t rows,
+                     const std::uint32_t* panel, std::int64_t columns, std::int64_t depth, bool add,
+                     float* sums);
+
+    // The same with lanes of bf16 pairs, or null where the instruction set has no such product.
+    void (*multiply_pairs)(const std::uint32_t* a, std::int64_t stride, std::int64_t rows,
+                           const std::uint32_t* panel, std::int64_t columns, std::int64_t depth, bool add,
+                           float* sums);
+
+    // sums[i] += sum over k < count of a[i * stride + k] * w[k], i < rows <= kMaxDotRows. Numbers are floats.
+    void (*dot)(const float* w, const float* a, std::int64_t stride, int rows, std::int64_t count,
+                float* sums);
+
+    // The same with bf16 numbers, or null where the instruction set has no such product.
+    void (*dot_bf16)(const std::uint16_t* w, const std::uint16_t* a, std::int64_t stride, int rows,
+                     std::int64_t count, float* sums);
+
+    // Plain conversions of `count` numbers; to_type rounds to nearest even.
+    void (*to_float)(const void* numbers, Type type, std::int64_t count, float* out);
+    void (*from_float)(const float* numbers, Type type, std::int64_t count, void* out);
+};
+
+// One set per instruction set; null where the compiler or the processor family does not have it.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+const Kernels* neon_kernels();
+
+}  // namespace halfbyte

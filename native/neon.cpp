@@ -1,0 +1,140 @@
+// NEON (AArch64). Each function does what its namesake in portable.hpp or portable.cpp does, 4 numbers at a
+// time; what is missing here is portable's, which the compiler turns into NEON by itself.
+#include <arm_neon.h>
+
+#include "portable.hpp"
+
+namespace halfbyte {
+namespace {
+
+// Four floats of the 16-entry table, by four indices below 16.
+float32x4_t look_up(uint8x16x4_t table, uint32x4_t index) {
+    // Byte b of entry i is at 4 i + b: 0x04040404 * i + 0x03020100, no carry crosses a byte.
+    const uint32x4_t bytes = vmlaq_u32(vdupq_n_u32(0x03020100u), index, vdupq_n_u32(0x04040404u));
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(bytes)));
+}
+
+// Calls `vector(element, even, odd)` for 8 elements at a time (in order: even[0], odd[0], even[1], …) and
+// `single(element, value)` for the rest.
+template <class Vector, class Single>
+void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Vector&& vector,
+                 Single&& single) {
+    std::uint8_t bytes[64];
+    std::memcpy(bytes, weight.codebook, sizeof bytes);
+    const uint8x16x4_t table = vld1q_u8_x4(bytes);
+    plain::for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
+        if (e % 2 != 0) {
+            single(e, plain::value_at(weight, e, scale));
+            ++e;
+        }
+        for (; e + 8 <= end; e += 8) {
+            std::uint32_t packed;
+            std::memcpy(&packed, weight.codes + e / 2, sizeof packed);
+            const uint32x4_t pairs =
+                vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(static_cast<std::uint64_t>(packed)))));
+            vector(e, vmulq_n_f32(look_up(table, vshrq_n_u32(pairs, 4)), scale),
+                   vmulq_n_f32(look_up(table, vandq_u32(pairs, vdupq_n_u32(15))), scale));
+        }
+        for (; e < end; ++e) single(e, plain::value_at(weight, e, scale));
+    });
+}
+
+// Rounds to nearest even at bit 16, leaving the low half undefined. NaN is not kept: scales are finite.
+uint32x4_t round_at_16(float32x4_t numbers) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(numbers);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    return vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+}
+
+float32x4_t rounded4(float32x4_t numbers, Type type) {
+    if (type == Type::f32) return numbers;
+    if (type == Type::f16) return vcvt_f32_f16(vcvt_f16_f32(numbers));
+    return vreinterpretq_f32_u32(vandq_u32(round_at_16(numbers), vdupq_n_u32(0xffff0000u)));
+}
+
+void decode_wide(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out) {
+    decode_span(
+        weight, begin, count,
+        [&](std::int64_t e, float32x4_t even, float32x4_t odd) {
+            vst2q_f32(out + (e - begin), (float32x4x2_t{{rounded4(even, type), rounded4(odd, type)}}));
+        },
+        [&](std::int64_t e, float value) { out[e - begin] = plain::rounded(value, type); });
+}
+
+void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, void* out) {
+    if (type == Type::f32) return decode_wide(weight, begin, count, type, static_cast<float*>(out));
+    auto* words = static_cast<std::uint16_t*>(out);
+    decode_span(
+        weight, begin, count,
+        [&](std::int64_t e, float32x4_t even, float32x4_t odd) {
+            if (type == Type::f16)
+                vst2_u16(words + (e - begin), (uint16x4x2_t{{vreinterpret_u16_f16(vcvt_f16_f32(even)),
+                                                             vreinterpret_u16_f16(vcvt_f16_f32(odd))}}));
+            else
+                vst2_u16(
+                    words + (e - begin),
+                    (uint16x4x2_t{{vshrn_n_u32(round_at_16(even), 16), vshrn_n_u32(round_at_16(odd), 16)}}));
+        },
+        [&](std::int64_t e, float value) { plain::store(out, type, e - begin, value); });
+}
+
+// R rows by four vectors of columns.
+template <int R>
+void tile(const float* a, std::int64_t stride, const float* panel, std::int64_t depth, bool add,
+          float* sums) {
+    float32x4_t c[R][4];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < 4; ++v) c[r][v] = add ? vld1q_f32(sums + r * kPanel + 4 * v) : vdupq_n_f32(0);
+    for (std::int64_t d = 0; d < depth; ++d) {
+        float32x4_t b[4];
+        for (int v = 0; v < 4; ++v) b[v] = vld1q_f32(panel + d * kPanel + 4 * v);
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < 4; ++v) c[r][v] = vfmaq_n_f32(c[r][v], b[v], a[r * stride + d]);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < 4; ++v) vst1q_f32(sums + r * kPanel + 4 * v, c[r][v]);
+}
+
+void multiply(const std::uint32_t* lanes, std::int64_t stride, std::int64_t rows,
+              const std::uint32_t* panel_lanes, std::int64_t columns, std::int64_t depth, bool add,
+              float* sums) {
+    const auto* a = reinterpret_cast<const float*>(lanes);
+    const auto* panel = reinterpret_cast<const float*>(panel_lanes);
+    for (std::int64_t j = 0; j < columns; j += 16) {
+        std::int64_t i = 0;
+        for (; i + 6 <= rows; i += 6)
+            tile<6>(a + i * stride, stride, panel + j, depth, add, sums + i * kPanel + j);
+        for (; i < rows; ++i) tile<1>(a + i * stride, stride, panel + j, depth, add, sums + i * kPanel + j);
+    }
+}
+
+void dot(const float* w, const float* a, std::int64_t stride, int rows, std::int64_t count, float* sums) {
+    for (int i = 0; i < rows; ++i) {
+        const float* row = a + i * stride;
+        float32x4_t sum[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
+        std::int64_t k = 0;
+        for (; k + 16 <= count; k += 16)
+            for (int v = 0; v < 4; ++v)
+                sum[v] = vfmaq_f32(sum[v], vld1q_f32(w + k + 4 * v), vld1q_f32(row + k + 4 * v));
+        float rest = 0;
+        for (; k < count; ++k) rest += w[k] * row[k];
+        sums[i] += vaddvq_f32(vaddq_f32(vaddq_f32(sum[0], sum[1]), vaddq_f32(sum[2], sum[3]))) + rest;
+    }
+}
+
+}  // namespace
+
+const Kernels* neon_kernels() {
+    static const Kernels kernels = [] {
+        Kernels k = *portable_kernels();
+        k.name = "neon";
+        k.decode = decode;
+        k.decode_wide = decode_wide;
+        k.multiply = multiply;
+        k.dot = dot;
+        return k;
+    }();
+    return &kernels;
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,35 @@
+"""halfbyte: fine-tune models in 4 bits on the machine you own, with evidence.
+
+It owns the small public surface and imports nothing heavy; every name is loaded when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halfbyte.model.public import add_lora, load, save_adapter
+    from halfbyte.pipeline import run
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "add_lora", "load", "run", "save_adapter"]
+
+_HOMES = {
+    "add_lora": "halfbyte.model.public",
+    "load": "halfbyte.model.public",
+    "run": "halfbyte.pipeline",
+    "save_adapter": "halfbyte.model.public",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

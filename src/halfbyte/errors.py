@@ -1,0 +1,155 @@
+"""Every error a user can meet, as a small exception tree with stable codes.
+
+It owns codes, their titles and how an error reads; it knows nothing of the parts that raise them.
+
+    HalfbyteError
+    ├── ConfigError    HB1xx  settings and the command line            exit 2
+    ├── DataError      HB2xx  rows, templates, tokens                  exit 2
+    ├── ModelError     HB3xx  model folders, adapters, quantised files exit 2
+    ├── KernelError    HB4xx  operations and the native module         exit 2
+    ├── TrainError     HB5xx  the training run                         exit 1
+    └── EvaluateError  HB6xx  evaluation                               exit 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+CODES: dict[str, str] = {
+    "HB101": "Unknown setting",
+    "HB102": "Bad value for a setting",
+    "HB103": "Settings file cannot be read",
+    "HB120": "Output folder is in use",
+    "HB201": "Data file cannot be read",
+    "HB202": "Bad rows in a data file",
+    "HB203": "No rows",
+    "HB204": "Rows that cannot be trained on",
+    "HB205": "Training and evaluation rows overlap",
+    "HB206": "Chat template cannot be used",
+    "HB207": "Answer is not followed by a stop token",
+    "HB208": "No token of a row would be trained on",
+    "HB209": "Tokenizer cannot be used",
+    "HB210": "Message holds a control token",
+    "HB211": "Rows cannot be split",
+    "HB301": "Model folder cannot be read",
+    "HB302": "Model folder asks for its own code to be run",
+    "HB303": "Weights are not safetensors",
+    "HB304": "Weights index is damaged",
+    "HB305": "File lies outside its folder",
+    "HB306": "Weights are missing",
+    "HB307": "Safetensors file is damaged",
+    "HB308": "Model lacks tensors",
+    "HB309": "Model has tensors it should not have",
+    "HB310": "Tensor has another shape or type than expected",
+    "HB311": "Weight is not finite",
+    "HB312": "Not a causal language model",
+    "HB313": "Unknown model type",
+    "HB314": "Stored quantisation cannot be used",
+    "HB315": "Model cannot be held in 4 bits",
+    "HB316": "Folder cannot be written",
+    "HB320": "LoRA target matches nothing",
+    "HB321": "Bad LoRA setting",
+    "HB322": "Model has an adapter already, or none",
+    "HB323": "Adapter cannot be read",
+    "HB324": "Adapter uses an unsupported feature",
+    "HB325": "Adapter does not fit the model",
+    "HB401": "Weight cannot be quantised",
+    "HB402": "Operation got a tensor it does not accept",
+    "HB403": "Native kernels are missing",
+    "HB404": "Unknown backend or instruction set",
+    "HB405": "Quantised weight is inconsistent",
+    "HB501": "Loss is not finite",
+    "HB502": "Gradient is not finite",
+    "HB503": "Training was interrupted",
+    "HB504": "Nothing to train on in a step",
+    "HB505": "Parameters cannot be trained",
+    "HB601": "Numbers no interval can be made of",
+    "HB602": "Two evaluations of different items",
+    "HB603": "Nothing to evaluate",
+    "HB604": "Model answers with numbers that are not finite",
+    "HB605": "Metrics cannot be drawn",
+    "HB606": "Optional package is missing",
+}
+
+FAULTS_SHOWN = 20
+
+
+def listed(faults: Sequence[str], shown: int = FAULTS_SHOWN) -> str:
+    """Faults as indented lines, for an error that reports them all: the first ones, and how many more.
+
+    Args:
+        faults: One line each.
+        shown: How many are spelled out.
+    """
+    more = [f"... and {len(faults) - shown} more"] if len(faults) > shown else []
+    return "".join(f"\n  - {line}" for line in [*faults[:shown], *more])
+
+
+class HalfbyteError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        code: Stable code, a key of `CODES`.
+        what: What happened: what was got, what was expected.
+        where: File and line, tensor or setting, if there is one.
+        fix: What the user can do about it.
+    """
+
+    family: ClassVar[str] = ""
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, code: str, what: str, *, where: str = "", fix: str = "") -> None:
+        if code not in CODES or not code.startswith(self.family):
+            raise AssertionError(f"{code} is no code of {type(self).__name__}")
+        self.code = code
+        self.what = what
+        self.where = where
+        self.fix = fix
+        super().__init__(code, what, where, fix)
+
+    def __str__(self) -> str:
+        lines = [f"{self.code} {CODES[self.code]}: {self.what}"]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  to do: {self.fix}")
+        return "\n".join(lines)
+
+
+class ConfigError(HalfbyteError):
+    """A setting, a settings file or a command line that cannot be used."""
+
+    family = "HB1"
+
+
+class DataError(HalfbyteError):
+    """Rows, templates or tokens that cannot be trained on."""
+
+    family = "HB2"
+
+
+class ModelError(HalfbyteError):
+    """A model folder, an adapter or a quantised file that cannot be used."""
+
+    family = "HB3"
+
+
+class KernelError(HalfbyteError):
+    """An operation called with what it does not accept, or a native module that is absent."""
+
+    family = "HB4"
+
+
+class TrainError(HalfbyteError):
+    """A training run that had to stop."""
+
+    family = "HB5"
+    exit_code = 1
+
+
+class EvaluateError(HalfbyteError):
+    """An evaluation that cannot give an answer."""
+
+    family = "HB6"
+    exit_code = 1
