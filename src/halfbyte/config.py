@@ -1,0 +1,412 @@
+"""Every setting of a run, validated: names, types, ranges, and where each value came from.
+
+It owns the settings' meaning and how a YAML file and overrides become one `Config`; it must not know the
+parts that read them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from halfbyte.errors import ConfigError, listed
+
+Method = Literal["full", "lora", "qlora"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DataFormat = Literal["auto", "messages", "prompt_completion", "text", "alpaca"]
+TemplateName = Literal["auto", "tokenizer", "chatml", "plain"]
+Schedule = Literal["constant", "linear", "cosine"]
+SEED_LIMIT = 2**32
+# pydantic's names of the faults that mean an unknown setting.
+UNKNOWN_KINDS = ("extra_forbidden", "invalid_key")
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class QuantizationConfig(_Section):
+    """How the frozen base is stored in 4 bits (method qlora)."""
+
+    format: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type: nf4 suits normally distributed weights, fp4 is a 4-bit float."""
+    scales: Literal["absmax", "mse"] = "absmax"
+    """absmax: each block's largest magnitude, as bitsandbytes; mse: the scale of least squared error."""
+    double_quant: bool = True
+    """Store the scales themselves in 8 bits: 4.127 instead of 4.5 bits per weight."""
+    blocksize: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share one scale."""
+
+
+class LoraConfig(_Section):
+    """The low-rank adapter (methods lora and qlora)."""
+
+    r: int = Field(16, ge=1)
+    """Rank: columns of the two thin matrices beside each adapted layer."""
+    alpha: float = Field(32.0, gt=0)
+    """The adapter's output is scaled by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the adapter's inputs set to zero while training."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Layers to adapt: all-linear (every linear layer but the output head), or a list of name endings."""
+
+
+class DataConfig(_Section):
+    """The rows to learn from."""
+
+    train: Paths
+    """A .jsonl or .json file or a list of them; in a settings file relative to that file's folder."""
+    eval: Paths | None = None
+    """Held-out file or files; null: a share of the training rows is held out."""
+    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the distinct training rows held out where `eval` is null; 0: none."""
+    format: DataFormat = "auto"
+    """Columns of the files: auto looks at each file's first row."""
+    max_length: int = Field(512, ge=2)
+    """Tokens per row; what is longer is cut at the end, and counted."""
+    template: TemplateName = "auto"
+    """Chat format: auto takes the tokenizer's own, else chatml where its tokens exist, else plain."""
+
+
+class TrainConfig(_Section):
+    """The training run."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Times each row is seen; not read where max_steps is set."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; null: as many as the epochs take."""
+    batch_size: int = Field(8, ge=1)
+    """Rows per forward and backward pass."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Passes per optimizer step."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Highest learning rate, reached after the warm-up."""
+    schedule: Schedule = "cosine"
+    """Course of the learning rate after the warm-up; linear and cosine end at zero."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises from zero."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the gradient average."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the squared gradient average."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's guard against division by zero."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Longer gradients are scaled down to this Euclidean norm; null: never."""
+    log_steps: int = Field(10, ge=1)
+    """Steps between printed lines; metrics.jsonl has every step."""
+    save_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints; null: only at the end and on interruption."""
+
+
+class EvaluateConfig(_Section):
+    """What is measured on the held-out rows, before and after."""
+
+    loss: bool = True
+    """Loss and perplexity on the trained tokens of the held-out rows."""
+    exact_match: Literal["auto"] | bool = "auto"
+    """Whether answers are generated and compared; auto: for rows that have a prompt and one answer."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest generated answer in tokens."""
+    max_items: int | None = Field(None, ge=1)
+    """Rows to generate for; null: all."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per pass."""
+    samples: int = Field(3, ge=0)
+    """Answers shown before and after training."""
+    bootstrap: int = Field(1000, ge=1)
+    """Resamples behind each interval."""
+
+
+class Config(_Section):
+    """A run: one model, one data set, one way to train and to measure."""
+
+    model: str
+    """Folder of the base model in Hugging Face's layout; in a settings file relative to that file's folder."""
+    method: Method = "qlora"
+    """full trains every weight, lora an adapter, qlora an adapter on a base held in 4 bits."""
+    dtype: Dtype = "auto"
+    """Computing type of the frozen base; auto: bfloat16 if the CPU multiplies it natively, else float32."""
+    seed: int = Field(0, ge=0, lt=SEED_LIMIT)
+    """Decides initial adapter, order of rows, held-out rows and dropout."""
+    output_dir: str = "runs/run"
+    """Folder that gets everything the run leaves."""
+    quantization: QuantizationConfig = QuantizationConfig()
+    """How the frozen base is stored."""
+    lora: LoraConfig = LoraConfig()
+    """The adapter."""
+    data: DataConfig
+    """The rows."""
+    train: TrainConfig = TrainConfig()
+    """The training run."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured."""
+
+    def to_yaml(self) -> str:
+        """All settings, defaults included, as YAML that `load_config` reads back to an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
+SETTINGS: tuple[str, ...] = (
+    *(name for name in Config.model_fields if name not in SECTIONS),
+    *(f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields),
+)
+
+# What other tools of the field call a setting; used to suggest ours, never to read theirs.
+FOREIGN_NAMES: dict[str, str] = {
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules",
+    "lr": "train.learning_rate",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "grad_accum": "train.gradient_accumulation_steps",
+    "lr_scheduler_type": "train.schedule",
+    "lr_scheduler": "train.schedule",
+    "logging_steps": "train.log_steps",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "dataset": "data.train",
+    "load_in_4bit": "method",
+    "bnb_4bit_quant_type": "quantization.format",
+    "bnb_4bit_use_double_quant": "quantization.double_quant",
+    "bnb_4bit_compute_dtype": "dtype",
+}
+
+
+def nearest_name(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like a misspelt name, or None if none is like it.
+
+    Args:
+        name: What was written.
+        choices: What could have been meant.
+    """
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+) -> Config:
+    """Read, merge and validate the settings; later ones win: base, file, overrides.
+
+    Model and data paths of the file are taken relative to its folder, all others to the working folder; the
+    result holds these absolute.
+
+    Args:
+        path: YAML file, or None for none.
+        overrides: Settings like `train.learning_rate=1e-4`; values are read as YAML.
+        base: Settings beneath the file's, nested as in the file.
+
+    Raises:
+        ConfigError: HB101 for unknown settings, HB102 for bad values, HB103 for an unreadable file. HB101 and
+            HB102 list every fault of every setting.
+    """
+    merged: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    _merge(merged, _absolute_paths(base or {}, Path.cwd()))
+    if path is not None:
+        file = Path(path)
+        settings, lines = _read_yaml(file)
+        _merge(merged, _absolute_paths(settings, file.resolve().parent))
+    faults = []
+    for override in overrides:
+        try:
+            setting, nested = _parse_override(override)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        _merge(merged, _absolute_paths(nested, Path.cwd()))
+        lines.pop(setting, None)
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        raise _config_error(error, faults, path, lines) from None
+    if faults:
+        raise ConfigError("HB102", f"{len(faults)} fault(s)" + listed(faults), fix="write section.name=value")
+    return config
+
+
+def _merge(into: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Lay settings over others, section by section."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        elif isinstance(value, Mapping):
+            into[key] = {}
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _absolute_paths(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with the paths of what is read made absolute; what is no path is left for validation."""
+
+    def absolute(value: object) -> object:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) else value
+
+    changed = dict(settings)
+    if "model" in changed:
+        changed["model"] = absolute(changed["model"])
+    if isinstance(data := changed.get("data"), Mapping):
+        changed["data"] = {k: absolute(v) if k in ("train", "eval") else v for k, v in data.items()}
+    return changed
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are those of JSON too (`1e-4` is one), and whose mappings name each key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                twice = f"key {name!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A settings file's mapping, and the line of each setting by dotted name."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        settings = yaml.load(text, Loader=_Loader)
+        root = yaml.compose(text, Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError("HB103", reason, where=str(file), fix="name a YAML file in UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else str(file)
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError("HB103", f"not YAML: {problem}", where=where, fix="mend the file") from error
+    if not isinstance(settings, dict) or not isinstance(root, yaml.MappingNode):
+        got = "nothing" if settings is None else type(settings).__name__
+        what = f"got {got}, expected a mapping of settings"
+        raise ConfigError("HB103", what, where=str(file), fix="start with `model: path/to/folder`")
+    return settings, dict(_setting_lines(root, ""))
+
+
+def _setting_lines(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        yield name, key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _setting_lines(value, f"{name}.")
+
+
+def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
+    """`section.name=value` as name and nested mapping; ValueError says what is wrong with it."""
+    setting, equals, text = override.partition("=")
+    keys = setting.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"override {override!r}: expected section.name=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML") from error
+    for key in reversed(keys):
+        value = {key: value}
+    return setting.strip(), value
+
+
+def _config_error(
+    error: ValidationError, faults: list[str], path: str | Path | None, lines: Mapping[str, int]
+) -> ConfigError:
+    """All faults of the settings as one error, each with its line where it has one."""
+    unknown = False
+    reasons: dict[str, list[str]] = {}
+    got: dict[str, object] = {}
+    for fault in error.errors(include_url=False):
+        setting = _setting_of(fault["loc"], fault["type"])
+        if fault["type"] in UNKNOWN_KINDS:
+            unknown = True
+            reasons[setting] = [_unknown(setting)]
+            continue
+        if fault["type"] == "missing":
+            reasons[setting] = ["is missing and has no default"]
+            continue
+        got[setting] = fault["input"]
+        expected = fault["msg"].removeprefix("Input should be ")
+        if fault["type"] == "model_type":
+            expected = "a mapping of settings"
+        reasons.setdefault(setting, []).append(expected)
+    for setting, texts in reasons.items():
+        line = f"line {lines[setting]}: " if setting in lines else ""
+        text = " or ".join(dict.fromkeys(texts))
+        faults.append(
+            f"{line}`{setting}` " + (f"got {got[setting]!r}, expected {text}" if setting in got else text)
+        )
+    return ConfigError(
+        "HB101" if unknown else "HB102",
+        f"{len(faults)} fault(s)" + listed(faults),
+        where=str(path) if path is not None else "",
+        fix="mend each setting named",
+    )
+
+
+def _setting_of(loc: tuple[int | str, ...], kind: str) -> str:
+    """The dotted setting a validation fault is about, without the union branches pydantic appends."""
+    names = [str(part) for part in loc]
+    dotted = ".".join(names[:2])
+    if kind in UNKNOWN_KINDS or dotted in SETTINGS:
+        return dotted
+    return names[0]
+
+
+def _unknown(setting: str) -> str:
+    """What to say of an unknown setting: the one that was probably meant."""
+    section, _, leaf = setting.rpartition(".")
+    anywhere = dict(FOREIGN_NAMES)
+    for known in reversed((*SETTINGS, *SECTIONS)):  # the first section that has a name wins it
+        anywhere[_leaf(known)] = known
+    if leaf in anywhere:
+        return f"is unknown, did you mean `{anywhere[leaf]}`?"
+    beside = {_leaf(known): known for known in SETTINGS if known.rpartition(".")[0] == section}
+    foreign = {name: target for name, target in FOREIGN_NAMES.items() if target.rpartition(".")[0] == section}
+    for names in ({**foreign, **beside}, anywhere):
+        if (near := nearest_name(leaf, names)) is not None:
+            return f"is unknown, did you mean `{names[near]}`?"
+    return f"is unknown; known here: {', '.join(beside or (*SETTINGS, *SECTIONS))}"
+
+
+def _leaf(setting: str) -> str:
+    return setting.rpartition(".")[2]

@@ -1,0 +1,316 @@
+"""Text to token ids, with a mask of the tokens to learn that is exact to the character.
+
+It owns the tokenizer's use, the mask, truncation and the ids that end an answer; it must not know chat
+formats or batches.
+
+A token counts as trained if and only if its first character lies in a trained stretch. A token that begins in
+the prompt and reaches into the answer is therefore not trained: the model is given the prompt's characters
+and cannot be asked for a token that begins among them. Such rows are counted (`Tokenised.misaligned`), since
+generation from the prompt alone then sees other tokens than training did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data.read import Row
+from halfbyte.data.render import Rendered, Renderer, render_rows
+from halfbyte.errors import DataError, listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_AT_ONCE = 1000  # bounds the memory of the tokenizer's own records, which are far larger than ids
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row.
+
+    Attributes:
+        input_ids: Token ids, int32, (T,).
+        trained: Which tokens are targets, bool, (T,).
+        prompt_ids: Ids to generate the last answer from, int32, (T',), never truncated; None for a text row.
+        answer: The last answer, verbatim; None for a text row.
+        id: Content hash of the row.
+        where: `file:line` of the row.
+        truncated: Whether tokens were cut off.
+        aligned: Whether the row's tokens begin with the prompt's, so that generation sees what training saw.
+    """
+
+    input_ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    prompt_ids: NDArray[np.int32] | None
+    answer: str | None
+    id: str
+    where: str
+    truncated: bool
+    aligned: bool = True
+
+    @property
+    def trained_tokens(self) -> int:
+        """Targets that a causal model predicts: the first token has nothing before it."""
+        return int(self.trained[1:].sum())
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """All tokenised rows of a set.
+
+    Attributes:
+        examples: In the order of the rows.
+        truncated: Rows that were cut.
+        misaligned: Rows in which a token straddles the border of prompt and answer.
+        stop_ids: Ids at which generation ends: the stop tokens these rows teach, and the end of text.
+    """
+
+    examples: list[Example]
+    truncated: int
+    misaligned: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A text's ids and the characters each one covers, all (T,)."""
+
+    ids: NDArray[np.int32]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class Encoder:
+    """A tokenizer prepared for exact offsets.
+
+    It works on a copy without post-processor, truncation and padding: post-processors may trim blanks off
+    offsets and add tokens of their own. What the tokenizer puts in front by default (a BOS) is added here.
+
+    Args:
+        tokenizer: A fast transformers tokenizer; it is not changed.
+
+    Attributes:
+        prefix: Ids the tokenizer puts before a text by default.
+
+    Raises:
+        DataError: HB209 if the tokenizer cannot say which characters a token covers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            what = f"{type(tokenizer).__name__} does not say which characters a token covers"
+            raise DataError("HB209", what, fix="use a model folder with a tokenizer.json")
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.post_processor = None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        alone = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        full = list(tokenizer("a")["input_ids"])
+        before = next((i for i in range(len(full)) if full[i : i + len(alone)] == alone), 0)
+        self.prefix = np.array(full[:before], np.int32)
+
+    def encode(self, texts: Sequence[str]) -> list[_Tokens]:
+        """Tokenise texts in which control tokens are read as such; no prefix is added."""
+        found = []
+        for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False):
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            found.append(_Tokens(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]))
+        return found
+
+    def id_of(self, token: str) -> int:
+        """Id of a token by its text.
+
+        Raises:
+            DataError: HB209 if it is not in the vocabulary.
+        """
+        found = self._backend.token_to_id(token)
+        if found is None:
+            what = f"token {token!r} is not in the vocabulary"
+            raise DataError("HB209", what, fix="use the tokenizer the model came with")
+        return int(found)
+
+    def missing_prefix(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The prefix, or nothing if the ids begin with it already."""
+        begins_with_it = np.array_equal(ids[: len(self.prefix)], self.prefix)
+        return self.prefix[:0] if begins_with_it else self.prefix
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local model folder; nothing is fetched and no code of the folder is run.
+
+    Raises:
+        DataError: HB209 if the folder has no tokenizer, asks for its own code, or its tokenizer is broken.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        what = f"no tokenizer found, expected one of {', '.join(TOKENIZER_FILES)}"
+        raise DataError("HB209", what, where=str(folder), fix="name a local model folder with its tokenizer")
+    for name in ("tokenizer_config.json", "config.json"):
+        _refuse_own_code(folder / name)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise many kinds, some of them bare
+        what = f"transformers cannot load it: {type(error).__name__}: {error}"
+        raise DataError("HB209", what, where=str(folder), fix="get the folder's files again") from error
+    return tokenizer
+
+
+def _refuse_own_code(file: Path) -> None:
+    if not file.is_file():
+        return
+    try:
+        settings = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DataError("HB209", f"not JSON: {error}", where=str(file), fix="get the file again") from error
+    wanted = settings.get("auto_map") if isinstance(settings, dict) else None
+    if wanted and (file.name == "tokenizer_config.json" or "AutoTokenizer" in wanted):
+        what = f"the tokenizer asks for its own code to be run: auto_map {wanted}"
+        raise DataError("HB209", what, where=str(file), fix="use a model whose tokenizer transformers knows")
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill short rows with; which one does not matter, padding is told by the attention mask."""
+    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(found, int):
+            return found
+    return 0
+
+
+def stop_token_ids(renderer: Renderer) -> tuple[int, ...]:
+    """Ids at which a generated answer ends, for a chat format with no rows at hand.
+
+    Raises:
+        DataError: HB206 or HB207 if the chat template cannot be used.
+    """
+    encoder = Encoder(renderer.tokenizer)
+    return tuple(sorted(encoder.id_of(stop) for stop in renderer.stops))
+
+
+def tokenise(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
+    """Tokenise one row; for many, `tokenise_rows` is far quicker.
+
+    Args:
+        rendered: The row as text.
+        tokenizer: A fast transformers tokenizer.
+        max_length: Tokens to keep, at least 2; the rest is cut off at the end.
+
+    Raises:
+        DataError: HB207 if a stop token is not a trained token; HB208 if no trained token is left; HB209 if
+            the tokenizer gives no offsets.
+    """
+    return _tokenise_all([rendered], Encoder(tokenizer), max_length)[0]
+
+
+def tokenise_rows(rows: Sequence[Row], renderer: Renderer, max_length: int) -> Tokenised:
+    """Render and tokenise all rows.
+
+    Args:
+        rows: Checked rows.
+        renderer: Writes them out, and holds the tokenizer.
+        max_length: Tokens to keep of each row, at least 2; the rest is cut off at the end, and counted.
+
+    Raises:
+        DataError: As `render_rows` and `tokenise`; each names every faulty row.
+    """
+    encoder = Encoder(renderer.tokenizer)
+    rendered = render_rows(rows, renderer)
+    examples = _tokenise_all(rendered, encoder, max_length)
+    stops = {stop for row in rendered for stop in row.stops} | {str(renderer.tokenizer.eos_token)}
+    return Tokenised(
+        examples,
+        truncated=sum(e.truncated for e in examples),
+        misaligned=sum(not e.aligned for e in examples),
+        stop_ids=tuple(sorted(encoder.id_of(stop) for stop in stops)),
+    )
+
+
+def _tokenise_all(rendered: Sequence[Rendered], encoder: Encoder, max_length: int) -> list[Example]:
+    """Tokenise, cut, and refuse together all rows that could not be learnt from."""
+    whole = list(_whole_examples(rendered, encoder))
+    if faults := [f"{example.where}: {fault}" for example, fault in whole if fault]:
+        what = f"{len(faults)} of {len(rendered)} rows" + listed(faults)
+        raise DataError(
+            "HB207", what, fix="set data.template to a format whose stop token the vocabulary has"
+        )
+    examples = [_cut(example, max_length) for example, _ in whole]
+    faults = [
+        f"{cut.where}: {_first_trained(example)}"
+        for (example, _), cut in zip(whole, examples, strict=True)
+        if cut.trained_tokens == 0
+    ]
+    if faults:
+        what = f"{len(faults)} of {len(rendered)} rows have no trained token among their first {max_length}"
+        raise DataError(
+            "HB208", what + listed(faults), fix="raise data.max_length, or shorten or remove these rows"
+        )
+    return examples
+
+
+def _first_trained(example: Example) -> str:
+    """Where an uncut row's first target is, in words."""
+    if example.trained_tokens == 0:
+        return "it has none at any length"
+    return f"the first one is number {example.trained[1:].argmax() + 2}"
+
+
+def _whole_examples(rendered: Sequence[Rendered], encoder: Encoder) -> Iterator[tuple[Example, str]]:
+    """Each row uncut, and what is wrong with its stop tokens."""
+    for start in range(0, len(rendered), ROWS_AT_ONCE):
+        part = rendered[start : start + ROWS_AT_ONCE]
+        prompts = iter(encoder.encode([row.prompt for row in part if row.prompt is not None]))
+        for row, tokens in zip(part, encoder.encode([row.text for row in part]), strict=True):
+            prompt = next(prompts).ids if row.prompt is not None else None
+            yield _example(row, tokens, prompt, encoder), _stop_fault(row, tokens, encoder)
+
+
+def _example(row: Rendered, tokens: _Tokens, prompt: NDArray[np.int32] | None, encoder: Encoder) -> Example:
+    prefix = encoder.missing_prefix(tokens.ids)
+    input_ids = np.concatenate([prefix, tokens.ids])
+    trained = np.concatenate([np.zeros(len(prefix), np.bool_), _trained(tokens, row.trained)])
+    if prompt is not None:
+        prompt = np.concatenate([encoder.missing_prefix(prompt), prompt])
+    aligned = prompt is None or np.array_equal(input_ids[: len(prompt)], prompt)
+    return Example(
+        input_ids, trained, prompt, row.answer, row.id, row.where, truncated=False, aligned=aligned
+    )
+
+
+def _trained(tokens: _Tokens, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which tokens have their first character in one of the spans."""
+    trained = np.zeros(len(tokens.ids), np.bool_)
+    for begin, end in spans:
+        trained |= (tokens.begins >= begin) & (tokens.begins < end)
+    return trained
+
+
+def _stop_fault(row: Rendered, tokens: _Tokens, encoder: Encoder) -> str:
+    """Why an answer's stop token is not a single trained token, or an empty text."""
+    for (begin, end), stop in zip(row.trained, row.stops, strict=True):
+        whole = (tokens.ids == encoder.id_of(stop)) & (tokens.ends == end) & (tokens.begins >= begin)
+        if not whole.any():
+            return f"the tokenizer does not keep the stop token {stop!r} as one token"
+    return ""
+
+
+def _cut(example: Example, max_length: int) -> Example:
+    if len(example.input_ids) <= max_length:
+        return example
+    return replace(
+        example,
+        input_ids=example.input_ids[:max_length],
+        trained=example.trained[:max_length],
+        truncated=True,
+    )

@@ -1,0 +1,102 @@
+"""Checking rows: what is refused, what is counted, and how rows are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from halfbyte.data.check import Lengths, check_overlap, check_rows, split_rows
+from halfbyte.data.read import Message, Row
+from halfbyte.errors import DataError
+
+
+def text(content: str, line: int = 1) -> Row:
+    return Row(None, content, "rows.jsonl", line, "text")
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="HB203"):
+        check_rows([])
+
+
+def test_all_rows_nothing_can_be_learnt_from_are_named(chat: Callable[..., Row]) -> None:
+    rows = [
+        chat("a", "b", line=1),
+        chat("a", "", line=2),
+        chat("a", " \n", "b", "c", line=3),
+        chat("a", line=4),
+        chat("a", "b", "c", line=5),
+        text("\n", 6),
+        Row((Message("system", "a"),), None, "rows.jsonl", 7),
+    ]
+    with pytest.raises(DataError) as caught:
+        check_rows(rows)
+    said = str(caught.value)
+    assert caught.value.code == "HB204"
+    assert "6 of 7 rows" in said
+    for reason in (
+        "rows.jsonl:2: the answer is blank (message 2)",
+        "rows.jsonl:3: the answer is blank (message 2)",
+        "rows.jsonl:4: no message is from the assistant",
+        "rows.jsonl:5: the last message is from the user",
+        "rows.jsonl:6: the text is blank",
+        "rows.jsonl:7: no message is from the assistant",
+    ):
+        assert reason in said
+
+
+def test_the_report_counts_rows_duplicates_roles_and_lengths(chat: Callable[..., Row]) -> None:
+    rows = [chat("ab", "cd"), chat("ab", "cd"), chat("", "x", system="abc"), text("0123456789")]
+    dataset = check_rows(rows)
+    assert dataset.rows == tuple(rows)
+    report = dataset.report
+    assert (report.rows, report.duplicates, report.empty_prompts) == (4, 1, 1)
+    assert report.styles == {"chat": 3, "text": 1}
+    assert report.roles == {"user": 3, "assistant": 3, "system": 1}
+    assert report.characters == Lengths(4, 4, 10, 10)
+
+
+def test_the_held_out_share_is_exact_and_in_order() -> None:
+    rows = [text(str(n), n) for n in range(200)]
+    train, held_out = split_rows(rows, 0.1, seed=0)
+    assert len(held_out) == 20
+    assert sorted([*train, *held_out], key=lambda r: r.line) == rows
+    assert [r.line for r in train] == sorted(r.line for r in train)
+
+
+def test_the_split_depends_on_words_and_seed_alone() -> None:
+    rows = [text(str(n), n) for n in range(200)]
+    held_out = {r.id for r in split_rows(rows, 0.2, seed=3)[1]}
+    moved = [Row(None, r.text, "other.jsonl", 1000 - r.line, "text") for r in reversed(rows)]
+    assert {r.id for r in split_rows(moved, 0.2, seed=3)[1]} == held_out
+    assert {r.id for r in split_rows(rows, 0.2, seed=4)[1]} != held_out
+
+
+def test_equal_rows_never_straddle_the_split() -> None:
+    rows = [text(str(n % 20), n) for n in range(100)]
+    for seed in range(5):
+        train, held_out = split_rows(rows, 0.3, seed)
+        assert not {r.id for r in train} & {r.id for r in held_out}
+        assert len({r.id for r in held_out}) == 6
+
+
+def test_no_share_holds_out_nothing_and_any_share_at_least_one_row_on_each_side() -> None:
+    rows = [text("a"), text("b")]
+    assert split_rows(rows, 0, 0) == (rows, [])
+    for fraction in (0.001, 0.999):
+        assert [len(side) for side in split_rows(rows, fraction, 0)] == [1, 1]
+
+
+def test_a_single_distinct_row_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="HB211"):
+        split_rows([text("a"), text("a", 2)], 0.1, 0)
+
+
+def test_evaluation_rows_that_are_trained_on_are_named() -> None:
+    check_overlap([text("a"), text("b")], [text("c")])
+    with pytest.raises(DataError) as caught:
+        check_overlap([text("a", 1), text("b", 2), text("b", 3)], [text("c", 4), text("b", 5)])
+    assert caught.value.code == "HB205"
+    assert "1 of 2 evaluation rows" in str(caught.value)
+    assert "rows.jsonl:5 equals rows.jsonl:2" in str(caught.value)
