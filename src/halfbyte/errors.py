@@ -56,7 +56,6 @@ CODES: dict[str, str] = {
     "HB325": "Adapter does not fit the model",
     "HB401": "Weight cannot be quantised",
     "HB402": "Operation got a tensor it does not accept",
-    "HB403": "Native kernels are missing",
     "HB404": "Unknown backend or instruction set",
     "HB405": "Quantised weight is inconsistent",
     "HB501": "Loss is not finite",
@@ -136,7 +135,7 @@ class ModelError(HalfbyteError):
 
 
 class KernelError(HalfbyteError):
-    """An operation called with what it does not accept, or a native module that is absent."""
+    """An operation called with what it does not accept, or a backend that is not on this machine."""
 
     family = "HB4"
 

@@ -1,0 +1,44 @@
+"""The dtype a model computes in: by name, as the CPU likes it, or as it is stored.
+
+It owns what `auto` means; it must not know what is computed, or settings files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+
+import torch
+
+from halfbyte.model.files import ModelFolder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def computing_dtype(name: str = "auto") -> torch.dtype:
+    """The dtype a name means; `auto` is bfloat16 where the CPU multiplies it natively, else float32.
+
+    Args:
+        name: `auto` or a key of `DTYPES`.
+    """
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    return DTYPES[name]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 (AVX512-BF16, AMX-BF16 or Arm's BF16)."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
+def stored_dtype(folder: ModelFolder) -> torch.dtype:
+    """The floating-point dtype that most of a folder's numbers are stored in.
+
+    Args:
+        folder: An opened model folder.
+    """
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in folder.tensors.values():
+        if tensor.dtype in DTYPES.values():
+            numbers[tensor.dtype] += prod(tensor.shape)
+    return numbers.most_common(1)[0][0] if numbers else torch.float32

@@ -1,0 +1,94 @@
+"""The Python interface to models, in plain words: load, add_lora, save_adapter.
+
+It owns friendly defaults and spellings; what they mean lives in the modules it calls, and it must not know
+training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from halfbyte.model import adapters, loading, lora
+from halfbyte.model.lora import ALL_LINEAR, LoraSpec
+from halfbyte.model.precision import computing_dtype
+from halfbyte.quant.weight import QuantSpec
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    quantization: Literal["nf4", "fp4"] | None = None,
+    scales: Literal["absmax", "mse"] = "absmax",
+    dtype: torch.dtype | str | None = None,
+    adapter: str | PathLike[str] | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model from a local folder.
+
+    Args:
+        path: Folder with `config.json` and safetensors, in 16 bits or in bitsandbytes' 4 bits.
+        quantization: Hold the linear layers in this 4-bit format; None leaves them as they are stored.
+        scales: With `quantization`: each block's scale is its largest magnitude (`absmax`, as bitsandbytes),
+            or the one with the least squared error (`mse`).
+        dtype: Computing dtype, as torch's or by name; None is bfloat16 where the CPU multiplies it natively,
+            else float32.
+        adapter: Folder of a LoRA adapter in PEFT's format to put on top.
+
+    Returns:
+        A transformers model in evaluation mode, frozen where it is in 4 bits.
+
+    Raises:
+        ModelError: With a code for whatever is wrong with the folder or the adapter.
+    """
+    return loading.load(
+        Path(path),
+        quantization=QuantSpec(format=quantization, scales=scales) if quantization else None,
+        dtype=dtype if isinstance(dtype, torch.dtype) else computing_dtype(dtype or "auto"),
+        adapter=Path(adapter) if adapter is not None else None,
+    )
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    target_modules: Literal["all-linear"] | Sequence[str] = ALL_LINEAR,
+    seed: int = 0,
+) -> list[str]:
+    """Put a trainable LoRA adapter beside linear layers and freeze everything else.
+
+    Args:
+        model: A model from `load`.
+        r: Rank.
+        alpha: The adapter's output is scaled by alpha / r.
+        dropout: Share of the adapter's inputs set to zero while training.
+        target_modules: Every linear layer but the output head, or a list of name endings.
+        seed: Decides the first values.
+
+    Returns:
+        Names of the adapted modules.
+
+    Raises:
+        ModelError: HB320 for targets that match nothing, HB321 for bad values, HB322 for a second adapter.
+    """
+    return lora.add_lora(model, LoraSpec(r, alpha, dropout, target_modules), seed)
+
+
+def save_adapter(model: PreTrainedModel, folder: str | PathLike[str]) -> None:
+    """Write the model's adapter in PEFT's format, naming the folder the base was loaded from.
+
+    Args:
+        model: A model with an adapter.
+        folder: Where to; written whole or not at all.
+
+    Raises:
+        ModelError: HB322 without an adapter, HB316 if the folder cannot be written.
+    """
+    adapters.save_adapter(model, Path(folder), base=str(model.name_or_path))

@@ -1,0 +1,199 @@
+"""Folders that are written whole or not at all, and the 4-bit model folder that bitsandbytes reads.
+
+It owns how models get to disk; it must not know how they are loaded or trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfbyte.errors import ModelError
+from halfbyte.model.files import CONFIG, WEIGHTS, contained
+from halfbyte.model.linear4bit import Linear4bit, is_linear
+from halfbyte.model.lora import adapted_modules
+from halfbyte.quant.formats import to_bitsandbytes
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """Give an empty folder to write into, which becomes `target` if the block ends well and is gone if not.
+
+    A folder that is there already is replaced if every file in it is being written anew; others are never
+    lost.
+
+    Args:
+        target: The folder to be.
+
+    Yields:
+        The folder to write into, beside `target`.
+
+    Raises:
+        ModelError: HB316 when `target` is not such a folder, or the disk refuses.
+    """
+    target = Path(os.path.abspath(target))
+    token = secrets.token_hex(4)
+    work, aside = (target.parent / f".{target.name}.{token}.{end}" for end in ("new", "old"))
+    try:
+        work.mkdir(parents=True)
+        yield work
+        _refuse_foreign_files(target, {file.name for file in work.iterdir()})
+        for file in work.iterdir():
+            _to_disk(file)
+        if target.exists():
+            target.rename(aside)
+        try:
+            work.rename(target)
+        except OSError:
+            if aside.exists():
+                aside.rename(target)
+            raise
+        _to_disk(target.parent)
+    except (OSError, SafetensorError) as fault:
+        raise ModelError(
+            "HB316",
+            str(fault),
+            where=str(target),
+            fix="choose a folder that can be written, on a disk with space",
+        ) from fault
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_foreign_files(target: Path, written: set[str]) -> None:
+    if not target.exists():
+        return
+    foreign = (
+        sorted(file.name for file in target.iterdir() if file.name not in written) if target.is_dir() else []
+    )
+    if foreign or not target.is_dir() or target.is_symlink():
+        what = f"it holds {', '.join(foreign[:5])}" if foreign else "it is not a folder of its own"
+        raise ModelError(
+            "HB316",
+            f"{what}, which would be lost",
+            where=str(target),
+            fix="choose a new folder, or empty this one",
+        )
+
+
+def _to_disk(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write one JSON object, as transformers lays them out."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write a model in 4 bits as a folder that transformers with bitsandbytes loads, and `load` too.
+
+    Tokenizer files of the folder the model came from are copied.
+
+    Args:
+        model: A model whose linear layers are in 4 bits, without adapters.
+        folder: Where to; written whole or not at all.
+
+    Raises:
+        ModelError: HB322 when the model has adapters, HB315 when it is not in 4 bits, HB316 when the folder
+            cannot be written.
+    """
+    if adapted_modules(model):
+        raise ModelError(
+            "HB322",
+            "this folder holds a base model alone, the model has an adapter",
+            where=type(model).__name__,
+            fix="save the adapter with save_adapter, and the base from a model loaded without it",
+        )
+    config = json.loads(model.config.to_json_string())
+    config["architectures"] = [type(model).__name__]
+    config["quantization_config"] = _quantization_config(model)
+    with whole_folder(folder) as work:
+        write_json(work / CONFIG, config)
+        if model.generation_config is not None:
+            write_json(work / "generation_config.json", json.loads(model.generation_config.to_json_string()))
+        _copy_tokenizer(Path(model.name_or_path or ""), work)
+        save_file(_entries(model), work / WEIGHTS, metadata={"format": "pt"})
+
+
+def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The settings by which transformers rebuilds the layers; those not in 4 bits are named."""
+    weights = [module.quantised_weight for module in model.modules() if isinstance(module, Linear4bit)]
+    kinds = {(weight.format, weight.double_quantised) for weight in weights}
+    if len(kinds) != 1:
+        raise ModelError(
+            "HB315",
+            "the model has no 4-bit layer" if not kinds else f"its layers differ in format: {sorted(kinds)}",
+            where=type(model).__name__,
+            fix="load it with quantization",
+        )
+    ((fmt, double_quant),) = kinds
+    dense = [name for name, m in model.named_modules() if is_linear(m) and not isinstance(m, Linear4bit)]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": fmt,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": dense,
+    }
+
+
+def _entries(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Everything the file holds, each tensor once: tied weights under their first name."""
+    entries: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        in_4bit = isinstance(module, Linear4bit)
+        if isinstance(module, Linear4bit):
+            parts = to_bitsandbytes(f"{prefix}.weight", module.quantised_weight)
+            # Layers may share a codebook in memory; the file format does not share.
+            entries |= {
+                name: part.clone() if name.endswith("quant_map") else part for name, part in parts.items()
+            }
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or id(tensor) in seen or name in module._non_persistent_buffers_set:
+                continue
+            if not (in_4bit and name in module._buffers):
+                seen.add(id(tensor))
+                entries[f"{prefix}.{name}" if prefix else name] = tensor.detach().contiguous()
+    return entries
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES if source.is_dir() else ():
+        if (source / name).is_file():
+            shutil.copyfile(contained(source, name), target / name)
