@@ -131,7 +131,7 @@ class EvaluateConfig(_Section):
     """Rows per pass."""
     samples: int = Field(3, ge=0)
     """Answers shown before and after training."""
-    bootstrap: int = Field(1000, ge=1)
+    bootstrap: int = Field(1000, ge=100)
     """Resamples behind each interval."""
 
 
@@ -400,7 +400,7 @@ def _unknown(setting: str) -> str:
         anywhere[_leaf(known)] = known
     if leaf in anywhere:
         return f"is unknown, did you mean `{anywhere[leaf]}`?"
-    beside = {_leaf(known): known for known in SETTINGS if known.rpartition(".")[0] == section}
+    beside = {_leaf(known): known for known in (*SETTINGS, *SECTIONS) if known.rpartition(".")[0] == section}
     foreign = {name: target for name, target in FOREIGN_NAMES.items() if target.rpartition(".")[0] == section}
     for names in ({**foreign, **beside}, anywhere):
         if (near := nearest_name(leaf, names)) is not None:

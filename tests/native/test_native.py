@@ -82,9 +82,18 @@ def test_no_symbol_of_an_instruction_set_can_replace_another_file_s(tmp_path, op
 def test_neon_kernels_agree_under_emulation(tmp_path):
     sources = [NATIVE / f"{name}.cpp" for name in ("portable", "dispatch", "linear", "parallel", "neon")]
     grid = Path(__file__).with_name("kernel_grid.cpp")
-    command = ["aarch64-linux-gnu-g++", "-std=c++20", "-O2", "-ffp-contract=off", "-DHALFBYTE_ARM64", "-static"]
+    command = [
+        "aarch64-linux-gnu-g++",
+        "-std=c++20",
+        "-O2",
+        "-ffp-contract=off",
+        "-DHALFBYTE_ARM64",
+        "-static",
+    ]
     command += [*map(str, sources), str(grid), "-o", str(tmp_path / "grid"), "-lpthread"]
     subprocess.run(command, check=True, capture_output=True)
-    ran = subprocess.run(["qemu-aarch64-static", tmp_path / "grid"], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        ["qemu-aarch64-static", tmp_path / "grid"], capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "neon: 0 differences" in ran.stdout

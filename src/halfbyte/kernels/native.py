@@ -29,7 +29,8 @@ def module() -> ModuleType | None:
     """
     backend = os.environ.get(BACKEND_VARIABLE, "native")
     if backend not in BACKENDS:
-        raise KernelError("HB404", f"{BACKEND_VARIABLE}={backend}, expected one of {', '.join(BACKENDS)}")
+        what = f"{BACKEND_VARIABLE}={backend}, expected one of {', '.join(BACKENDS)}"
+        raise KernelError("HB404", what, fix=f"correct or unset {BACKEND_VARIABLE}")
     if backend == "reference":
         return None
     try:
@@ -39,8 +40,9 @@ def module() -> ModuleType | None:
     wanted = os.environ.get(ISA_VARIABLE, "")
     if wanted and not native.use(wanted):
         runnable = ", ".join(name for name, state in native.instruction_sets() if state == "runs")
+        what = f"{ISA_VARIABLE}={wanted} does not run on this machine, expected one of {runnable}"
         raise KernelError(
-            "HB404", f"{ISA_VARIABLE}={wanted} does not run on this machine, expected one of {runnable}"
+            "HB404", what, fix=f"correct or unset {ISA_VARIABLE}; halfbyte doctor shows what runs"
         )
     return native
 

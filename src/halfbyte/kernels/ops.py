@@ -59,7 +59,8 @@ def quantize_4bit(weight: Tensor, spec: QuantSpec | None = None) -> Weight4bit:
     scales: Tensor = torch.ops.halfbyte.block_scales(weight, spec.blocksize)
     finite = torch.isfinite(scales)
     if not finite.all():
-        raise KernelError("HB401", _first_non_finite(weight, int((~finite).nonzero()[0]) * spec.blocksize))
+        what = _first_non_finite(weight, int((~finite).nonzero()[0]) * spec.blocksize)
+        raise KernelError("HB401", what, fix="fetch the weights again, or correct what made this number")
     if spec.scales == "mse":
         scales = torch.ops.halfbyte.search_scales(weight, values, spec.blocksize)
     stored = nest_scales(scales) if spec.double_quant else StoredScales(scales)
@@ -91,7 +92,8 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype | None = None) -> Ten
     """
     dtype = dtype or weight.dtype
     if dtype not in ACTIVATION_DTYPES:
-        raise KernelError("HB402", f"dequantize_4bit to {dtype}, expected float32, bfloat16 or float16")
+        what = f"dequantize_4bit to {dtype}, expected float32, bfloat16 or float16"
+        raise KernelError("HB402", what, fix="ask for one of these and convert the result")
     out: Tensor = torch.ops.halfbyte.dequantize_4bit(*weight.parts(), dtype)
     return out
 
@@ -129,9 +131,8 @@ def _first_non_finite(weight: Tensor, begin: int) -> str:
 
 
 def _refused(operation: str, name: str, got: Tensor, expected: str) -> KernelError:
-    return KernelError(
-        "HB402", f"{operation}: {name} is {got.dtype} {tuple(got.shape)} on {got.device}, expected {expected}"
-    )
+    what = f"{operation}: {name} is {got.dtype} {tuple(got.shape)} on {got.device}, expected {expected}"
+    return KernelError("HB402", what, fix=f"convert {name}, or call with the weight it belongs to")
 
 
 def _block_scales(weight: Tensor, blocksize: int) -> Tensor:

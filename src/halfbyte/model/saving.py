@@ -63,6 +63,7 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         yield work
         _refuse_foreign_files(target, {file.name for file in work.iterdir()})
         for file in work.iterdir():
+            file.chmod(work.stat().st_mode & 0o666)  # safetensors would keep its files from everybody else
             _to_disk(file)
         if target.exists():
             target.rename(aside)

@@ -17,6 +17,7 @@ from halfbyte.quant.codebook import FORMATS
 from halfbyte.quant.weight import NESTED_BLOCKSIZE, Weight4bit
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
+REWRITE = "write the file again with the tool that made it"
 
 
 def quantised_names(names: Mapping[str, object] | list[str]) -> dict[str, str]:
@@ -93,7 +94,9 @@ def from_bitsandbytes(name: str, entries: Mapping[str, Tensor]) -> Weight4bit:
     """
     states = [fmt for fmt in FORMATS if f"{name}.{STATE_PREFIX}{fmt}" in entries]
     if len(states) != 1:
-        raise KernelError("HB405", f"{len(states)} quantisation states, expected one", where=name)
+        raise KernelError(
+            "HB405", f"{len(states)} quantisation states, expected one", where=name, fix=REWRITE
+        )
     try:
         state = json.loads(bytes(entries[f"{name}.{STATE_PREFIX}{states[0]}"].numpy()))
         nested = "nested_blocksize" in state
@@ -116,9 +119,7 @@ def from_bitsandbytes(name: str, entries: Mapping[str, Tensor]) -> Weight4bit:
         )
     except (KeyError, TypeError, ValueError) as fault:
         reason = f"entry {fault} is missing" if isinstance(fault, KeyError) else str(fault)
-        raise KernelError(
-            "HB405", reason, where=name, fix="write the file again with the tool that made it"
-        ) from fault
+        raise KernelError("HB405", reason, where=name, fix=REWRITE) from fault
 
 
 def _dtype(name: str) -> torch.dtype:

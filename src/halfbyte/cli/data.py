@@ -1,0 +1,131 @@
+"""`halfbyte data`: check rows, and look at them as the model sees them.
+
+It owns the verbs' options and how rows look on a terminal; it must not know how rows are read or tokenised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfbyte.cli.consoles import STDOUT, print_json
+from halfbyte.cli.recipe import Json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from halfbyte.data.check import DataReport
+    from halfbyte.data.tokenise import Example
+
+CHECK_EXAMPLES = (
+    "[bold]Examples[/]\n\nhalfbyte data check rows.jsonl\n\nhalfbyte data check a.jsonl b.json --json"
+)
+SHOW_EXAMPLES = (
+    "[bold]Examples[/]\n\n"
+    "halfbyte data show rows.jsonl --model models/base\n\n"
+    "halfbyte data show rows.jsonl --model models/base -n 10 --max-length 1024"
+)
+
+app = typer.Typer(help="Check rows, and look at them.", no_args_is_help=True, rich_markup_mode="rich")
+
+Files = Annotated[list[str], typer.Argument(metavar="FILES...", help="Files of rows, .jsonl or .json.")]
+Format = Annotated[
+    str, typer.Option("--format", help="auto, messages, prompt_completion, text or alpaca.", metavar="NAME")
+]
+
+
+@app.command("check", epilog=CHECK_EXAMPLES)
+def check(files: Files, format: Format = "auto", as_json: Json = False) -> None:  # noqa: A002
+    """Read every row, name every bad line, and count what is there."""
+    from halfbyte.data.check import check_rows
+    from halfbyte.data.read import read_rows
+
+    report = check_rows(read_rows(files, _data_settings(files, format).format)).report
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print_report(report)
+
+
+@app.command("show", epilog=SHOW_EXAMPLES)
+def show(
+    files: Files,
+    *,
+    model: Annotated[str, typer.Option("--model", help="Folder of the model whose tokenizer is used.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 3,
+    template: Annotated[str, typer.Option("--template", help="auto, tokenizer, chatml or plain.")] = "auto",
+    max_length: Annotated[int, typer.Option("--max-length", help="Tokens to keep of each row.")] = 512,
+    format: Format = "auto",  # noqa: A002
+) -> None:
+    """Show rows as the model sees them; trained tokens in colour, or in ⟦brackets⟧ without colour."""
+    from halfbyte.data.check import check_rows
+    from halfbyte.data.read import read_rows
+    from halfbyte.data.render import Renderer
+    from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
+
+    settings = _data_settings(files, format, template=template, max_length=max_length)
+    renderer = Renderer(load_tokenizer(model), settings.template)
+    rows = check_rows(read_rows(files, settings.format)).rows
+    tokenised = tokenise_rows(rows[:count], renderer, settings.max_length)
+    STDOUT.print(f"template {renderer.template}, {len(rows):,} rows\n", highlight=False)
+    for example in tokenised.examples:
+        _print_example(example, renderer.tokenizer, STDOUT)
+
+
+def _data_settings(files: Sequence[str], layout: str, **more: Any) -> Any:
+    """The options as data settings, so that a bad one is named as it would be in a recipe."""
+    from halfbyte.config import load_config
+
+    base = {"model": "-", "data": {"train": list(files), "format": layout, **more}}
+    return load_config(None, base=base).data
+
+
+def _print_report(report: DataReport) -> None:
+    lengths = report.characters
+    lines = {
+        "rows": f"{report.rows:,}",
+        "duplicates": f"{report.duplicates:,}",
+        "empty prompts": f"{report.empty_prompts:,}",
+        "styles": ", ".join(f"{style} {n:,}" for style, n in report.styles.items()),
+        "turns": ", ".join(f"{role} {n:,}" for role, n in report.roles.items()) or "none",
+        "characters": f"{lengths.shortest:,} to {lengths.longest:,}, "
+        f"half of the rows up to {lengths.median:,}, 95 % up to {lengths.p95:,}",
+    }
+    for name, text in lines.items():
+        STDOUT.print(f"[bold]{name:<14}[/] {text}", highlight=False)
+
+
+def _print_example(example: Example, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """One row: a heading with its counts, and its text with the trained tokens marked."""
+    from rich.text import Text
+
+    cut = ", cut at max_length" if example.truncated else ""
+    counts = f"{len(example.input_ids):,} tokens, {example.trained_tokens:,} trained{cut}"
+    console.print(Text(f"{example.where}   {counts}", style="bold"), soft_wrap=True)
+    shown = Text()
+    for piece, trained in _pieces(example, tokenizer):
+        if not trained:
+            shown.append(piece, style="dim")
+        else:
+            shown.append(piece if console.color_system else f"⟦{piece}⟧", style="bold green")
+    console.print(shown, soft_wrap=True)
+    console.print()
+
+
+def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+    """The row's text in stretches of trained and untrained tokens.
+
+    Each stretch is what its tokens add to the text before them: decoded alone, it could lose a blank.
+    """
+    done, end = "", 0
+    for trained, group in groupby(example.trained.tolist()):
+        end += sum(1 for _ in group)
+        ids = example.input_ids[:end].tolist()
+        text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        yield text[len(done) :], trained
+        done = text

@@ -1,0 +1,127 @@
+"""The options that `run` and `train` share: a recipe file and what overrides it.
+
+It owns how flags become settings; it must not know what the settings mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfbyte.cli.consoles import STDERR, STDOUT, print_json
+
+if TYPE_CHECKING:
+    from halfbyte.config import Config
+    from halfbyte.pipeline import RunResult
+
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE.yaml", help="Settings file; --set overrides any of it.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.learning_rate=1e-4."),
+]
+Model = Annotated[str | None, typer.Option("--model", help="Folder of the base model.")]
+Data = Annotated[list[str] | None, typer.Option("--data", help="File of rows to train on; repeat for more.")]
+Method = Annotated[str | None, typer.Option("--method", help="full, lora or qlora.")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder that gets all the run leaves.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check settings, rows and model folder, then stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags that override a recipe; None leaves it alone."""
+
+    model: str | None
+    data: Sequence[str] | None
+    method: str | None
+    output_dir: str | None
+
+    def as_overrides(self) -> list[str]:
+        """As settings; JSON strings are YAML, so that no path is read as anything but text."""
+        named = {
+            "model": self.model,
+            "data.train": self.data,
+            "method": self.method,
+            "output_dir": self.output_dir,
+        }
+        return [f"{name}={json.dumps(value)}" for name, value in named.items() if value]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is to be done with a recipe.
+
+    Args:
+        evaluate: Measure before and after.
+        overwrite: Replace an earlier run.
+        dry_run: Stop before any work.
+        as_json: Print for machines.
+    """
+
+    evaluate: bool
+    overwrite: bool
+    dry_run: bool
+    as_json: bool
+
+
+def carry_out(recipe: Path | None, settings: Sequence[str] | None, flags: Flags, wishes: Wishes) -> None:
+    """Read the recipe, run it or rehearse it, and print what came of it."""
+    from halfbyte.config import load_config
+
+    config = load_config(recipe, [*(settings or ()), *flags.as_overrides()])
+    if wishes.dry_run:
+        _rehearse(config, wishes)
+        return
+    from halfbyte.cli.summary import print_summary
+    from halfbyte.pipeline import run
+    from halfbyte.report.watch import Watch
+
+    result = run(config, evaluate=wishes.evaluate, overwrite=wishes.overwrite, watch=Watch(STDERR))
+    if wishes.as_json:
+        print_json(_as_json(result))
+    else:
+        print_summary(result, STDOUT)
+
+
+def _as_json(result: RunResult) -> dict[str, Any]:
+    return {
+        "output_dir": str(result.folder),
+        "result": str(result.result),
+        **result.summary.as_dict(),
+    }
+
+
+def _rehearse(config: Config, wishes: Wishes) -> None:
+    """What the run would do."""
+    from halfbyte.pipeline import rehearse
+
+    rows, plan = rehearse(config, wishes.overwrite)
+    facts = {
+        "model": config.model,
+        "method": config.method,
+        "output_dir": config.output_dir,
+        "template": rows.template,
+        "train_rows": len(rows.train.examples),
+        "train_tokens": sum(len(e.input_ids) for e in rows.train.examples),
+        "trained_tokens": sum(e.trained_tokens for e in rows.train.examples),
+        "held_out_rows": len(rows.held_out.examples),
+        "truncated_rows": rows.truncated,
+        "misaligned_rows": rows.misaligned,
+        "duplicate_rows": rows.report.duplicates,
+        "steps": plan.total_steps,
+    }
+    if wishes.as_json:
+        print_json(facts)
+        return
+    STDOUT.print("[bold]Dry run:[/] settings, rows and model folder are in order; nothing was written.")
+    for name, value in facts.items():
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        STDOUT.print(f"  {name.replace('_', ' '):<16} {text}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,224 @@
+"""The end of a run on the terminal: what changed, what it cost, what the model says now, where everything is.
+
+It owns how a summary looks; every number in it was computed elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from halfbyte.cli.consoles import size
+from halfbyte.train.display import duration
+
+if TYPE_CHECKING:
+    from halfbyte.evaluate.statistics import Interval
+    from halfbyte.pipeline import RunResult
+    from halfbyte.report.summary import Change, Summary
+
+SAMPLE_CHARACTERS = 240
+COLOURS = {"better": "green", "worse": "red", "not shown": "dim"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is written.
+
+    Attributes:
+        label: Its name for people.
+        percent: Whether it is a share.
+        digits: Digits after the point.
+    """
+
+    label: str
+    percent: bool
+    digits: int
+
+    def text(self, value: float, signed: bool = False) -> str:
+        """A value as text."""
+        number = f"{100 * value if self.percent else value:{'+' if signed else ''},.{self.digits}f}"
+        return f"{number} %" if self.percent and not signed else number
+
+
+METRICS = {
+    "exact_match": Metric("exact match", percent=True, digits=1),
+    "loss": Metric("held-out loss", percent=False, digits=3),
+    "perplexity": Metric("perplexity", percent=False, digits=2),
+}
+
+
+def print_summary(result: RunResult, console: Console) -> None:
+    """Print what a run came to.
+
+    Args:
+        result: The run.
+        console: Where to.
+    """
+    summary = result.summary
+    console.print()
+    console.rule(Text.assemble(("halfbyte", "bold"), f"  {result.folder}"), align="left")
+    console.print(_heading(summary))
+    for title, body in (
+        ("Before and after", _changes(summary)),
+        ("Answers to held-out prompts", _answers(summary)),
+        ("Cost", _cost(summary)),
+        (f"Files in {result.folder}", _files(result)),
+    ):
+        if body is not None:
+            console.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
+            console.print(Padding(body, (0, 0, 0, 2)), highlight=False)
+    console.print(Text("\nUse it", style="bold"))
+    console.print(_use(result), soft_wrap=True)  # never wrapped, so that it can be copied
+
+
+def _heading(summary: Summary) -> Text:
+    s = summary.setting
+    share = s.trainable_parameters / s.parameters
+    cut = f", {s.truncated_rows:,} of them cut at max_length" if s.truncated_rows else ""
+    straddle = (
+        f"\n{s.misaligned_rows:,} rows have a token that straddles the border of prompt and answer: "
+        "what the model writes is not what its loss says"
+        if s.misaligned_rows
+        else ""
+    )
+    return Text.assemble(
+        f"{s.model}, {s.method} on {s.weights} weights, "
+        f"{s.trainable_parameters:,} numbers trained ({share:.2%})\n"
+        f"{s.train_rows:,} rows to train on, {s.held_out_rows:,} held out{cut}; template {s.template}",
+        (straddle, "yellow"),
+    )
+
+
+def _changes(summary: Summary) -> RenderableType | None:
+    """Each metric before and after with its interval, and whether the difference shows."""
+    if not summary.changes:
+        return Text("not measured", style="dim")
+    table = _grid()
+    table.add_column("", no_wrap=True, min_width=max(len(metric.label) for metric in METRICS.values()))
+    for heading in ("before", "after", "difference", ""):
+        table.add_column(heading)
+    for change in summary.changes:
+        metric = METRICS[change.name]
+        table.add_row(
+            metric.label,
+            _with_ends(change.before, metric),
+            _with_ends(change.after, metric, style="bold"),
+            _difference(change, metric),
+            Text(change.verdict if change.difference else "", style=COLOURS[change.verdict]),
+        )
+    note = f"95 % intervals over {_counts(summary.changes)}; differences are taken row by row."
+    return Group(table, Text(note, style="dim"))
+
+
+def _counts(changes: tuple[Change, ...]) -> str:
+    """How many rows stand behind the numbers."""
+    counts = {METRICS[c.name].label: c.before.n for c in changes}
+    if len(set(counts.values())) == 1:
+        return f"{next(iter(counts.values())):,} rows"
+    return ", ".join(f"{n:,} rows ({label})" for label, n in counts.items())
+
+
+def _with_ends(interval: Interval, metric: Metric, style: str = "") -> Text:
+    low, high = metric.text(interval.low), metric.text(interval.high)
+    return Text.assemble((metric.text(interval.value), style), (f"\n{low} to {high}", "dim"))
+
+
+def _difference(change: Change, metric: Metric) -> Text:
+    if change.difference is None:
+        return Text("")
+    d = change.difference
+    unit = " points" if metric.percent else ""
+    ends = f"\n{metric.text(d.low, signed=True)} to {metric.text(d.high, signed=True)}"
+    return Text.assemble((metric.text(d.value, signed=True) + unit, COLOURS[change.verdict]), (ends, "dim"))
+
+
+def _answers(summary: Summary) -> RenderableType | None:
+    """A few prompts with the expected answer and both models' answers."""
+    if not summary.samples:
+        return None
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 1, 0), expand=True)
+    for heading in ("prompt", "expected", "before", "after"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for sample in summary.samples:
+        table.add_row(
+            Text(_shortened(sample.prompt, from_end=True), style="dim"),
+            Text(_shortened(sample.expected)),
+            Text(_shortened(sample.before), style="green" if sample.right_before else ""),
+            Text(_shortened(sample.after), style="bold green" if sample.right_after else "bold"),
+        )
+    return table
+
+
+def _shortened(text: str, from_end: bool = False) -> str:
+    text = text.strip()
+    if len(text) <= SAMPLE_CHARACTERS:
+        return text
+    return "… " + text[-SAMPLE_CHARACTERS:] if from_end else text[:SAMPLE_CHARACTERS] + " …"
+
+
+def _cost(summary: Summary) -> RenderableType:
+    t, s = summary.training, summary.setting
+    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in summary.phase_seconds.items())
+    return _facts(
+        {
+            "training": f"{t.steps:,} steps, {t.epochs:.3g} epoch{'s' * (t.epochs != 1)} in {duration(t.seconds)}; "
+            f"loss of a step {t.first_loss:.3f} at first, {t.last_loss:.3f} at last",
+            "speed": f"{t.tokens_per_s:,.0f} tokens/s over {t.tokens:,} tokens, "
+            f"{t.trained_tokens:,} of them trained",
+            "memory": f"{size(summary.peak_rss_bytes)} at most for the whole process; "
+            f"weights {size(s.weight_bytes)}",
+            "time": f"{duration(sum(summary.phase_seconds.values()))}: {phases}",
+        }
+    )
+
+
+def _files(result: RunResult) -> RenderableType:
+    folder = result.folder
+    listed = {
+        result.result.name: "what was trained",
+        "summary.json": "these numbers",
+        "eval": "every row's loss and answer, before and after",
+        "metrics.jsonl": "every step",
+        "loss.svg": "the loss curve",
+        "manifest.json": "what it was made from: digests, versions, hardware",
+        "config.yaml": "every setting; runs the same again",
+    }
+    return _facts({name: meaning for name, meaning in listed.items() if (folder / name).exists()})
+
+
+def _use(result: RunResult) -> Text:
+    """Lines of Python that load what was trained."""
+    s = result.summary.setting
+    if s.method == "full":
+        return Text(
+            "  from transformers import AutoModelForCausalLM\n"
+            f'  model = AutoModelForCausalLM.from_pretrained("{result.result}")'
+        )
+    quantization = f', quantization="{s.weights}", scales="{s.scales}"' if s.method == "qlora" else ""
+    return Text(
+        "  import halfbyte as hb                              # on the very weights it was trained on\n"
+        f'  model = hb.load("{s.model}"{quantization}, adapter="{result.result}")\n\n'
+        "  from transformers import AutoModelForCausalLM      # or anywhere PEFT runs\n"
+        "  from peft import PeftModel\n"
+        f'  base = AutoModelForCausalLM.from_pretrained("{s.model}")\n'
+        f'  model = PeftModel.from_pretrained(base, "{result.result}")'
+    )
+
+
+def _grid() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+
+
+def _facts(facts: dict[str, str]) -> Table:
+    table = _grid()
+    table.show_header = False
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, text in facts.items():
+        table.add_row(Text(name), Text(text))
+    return table

@@ -1,0 +1,36 @@
+"""`halfbyte train`: as `run`, without measuring before and after.
+
+It owns the verb's options; the work is the pipeline's, and it must not know how that is done.
+"""
+
+from __future__ import annotations
+
+from halfbyte.cli import recipe as r
+
+EXAMPLES = (
+    "[bold]Examples[/]\n\n"
+    "halfbyte train recipe.yaml\n\n"
+    "halfbyte train recipe.yaml --set train.learning_rate=1e-4 --output-dir runs/slower\n\n"
+    "halfbyte train --model models/base --data rows.jsonl --output-dir runs/first --dry-run"
+)
+
+
+def train(
+    recipe: r.RecipeFile = None,
+    *,
+    settings: r.Set = None,
+    model: r.Model = None,
+    data: r.Data = None,
+    method: r.Method = None,
+    output_dir: r.OutputDir = None,
+    overwrite: r.Overwrite = False,
+    dry_run: r.DryRun = False,
+    as_json: r.Json = False,
+) -> None:
+    """Train as `run` does, without measuring held-out rows before and after."""
+    r.carry_out(
+        recipe,
+        settings,
+        r.Flags(model, data, method, output_dir),
+        r.Wishes(evaluate=False, overwrite=overwrite, dry_run=dry_run, as_json=as_json),
+    )

@@ -1,0 +1,26 @@
+"""The state a model is measured in: no dropout, no gradients, and left as it was found.
+
+It owns that state and nothing else; it must not know what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def measured(model: nn.Module) -> Iterator[None]:
+    """Switches every module to evaluation without gradients; afterwards those train again that did before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not inference_mode: a buffer a module fills meanwhile could not be used in training afterwards.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,308 @@
+"""READ FIRST. A run from rows on disk to a trained adapter with evidence: its steps in order, nothing else.
+
+It owns the order of the steps and what each hands to the next; it must not know how any step works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte import __version__
+from halfbyte.config import Config, load_config
+from halfbyte.data.check import DataReport, check_overlap, check_rows, split_rows
+from halfbyte.data.read import read_rows
+from halfbyte.data.render import Renderer
+from halfbyte.data.tokenise import Tokenised, load_tokenizer, padding_id, tokenise_rows
+from halfbyte.errors import EvaluateError
+from halfbyte.evaluate.measure import Measurement, Subject, measure
+from halfbyte.govern.manifest import manifest
+from halfbyte.govern.run_folder import RunFolder, check_free
+from halfbyte.kernels import backends
+from halfbyte.model.adapters import load_adapter
+from halfbyte.model.files import open_model_folder
+from halfbyte.report.plots import loss_curve
+from halfbyte.report.summary import Setting, Summary, compare, side_by_side
+from halfbyte.report.watch import Part, Watch
+from halfbyte.train.loop import Plan, TrainRun, train
+from halfbyte.train.methods import (
+    ModelSize,
+    autocast_dtype,
+    load_base,
+    make_trainable,
+    result_name,
+    saver,
+    weights_name,
+)
+from halfbyte.train.metrics import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows, ready for the model.
+
+    Attributes:
+        tokenizer: The base model's.
+        template: Chat format in use.
+        report: What was counted in the files for training, held-out rows included.
+        train: Rows to train on.
+        held_out: Rows to measure on, none of them trained on; may be empty.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    report: DataReport
+    train: Tokenised
+    held_out: Tokenised
+
+    @property
+    def truncated(self) -> int:
+        """Rows that were cut at `max_length`."""
+        return self.train.truncated + self.held_out.truncated
+
+    @property
+    def misaligned(self) -> int:
+        """Rows in which a token straddles the border of prompt and answer."""
+        return self.train.misaligned + self.held_out.misaligned
+
+    def described(self) -> str:
+        """The counts in a few words."""
+        facts = [f"{len(self.train.examples):,} to train on, {len(self.held_out.examples):,} held out"]
+        if self.truncated:
+            facts.append(f"{self.truncated:,} cut at max_length")
+        if self.report.duplicates:
+            facts.append(f"{self.report.duplicates:,} duplicates")
+        return ", ".join([*facts, f"template {self.template}"])
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    Attributes:
+        folder: The run's folder.
+        result: Folder inside it that holds what was trained: an adapter in PEFT's format, or a whole model.
+        summary: Before and after, time, memory, tokens.
+    """
+
+    folder: Path
+    result: Path
+    summary: Summary
+
+
+def run(
+    config: Config | str | Path, *, evaluate: bool = True, overwrite: bool = False, watch: Watch | None = None
+) -> RunResult:
+    """Train as the settings say and leave the evidence in `output_dir`.
+
+    Args:
+        config: Settings, or the path of their YAML file.
+        evaluate: Measure the held-out rows before and after.
+        overwrite: Replace an earlier run in `output_dir`.
+        watch: Shows progress; None shows nothing.
+
+    Returns:
+        Where everything is, and the summary.
+
+    Raises:
+        HalfbyteError: With a code for whatever was wrong; see docs/errors.md.
+    """
+    config = config if isinstance(config, Config) else load_config(config)
+    watch = watch or Watch()
+    autocast = autocast_dtype(config)
+    folder = RunFolder.create(Path(config.output_dir), overwrite)
+    folder.write_text("config.yaml", config.to_yaml())
+
+    with _phase("prepare rows", folder, watch) as part:
+        rows = prepare(config)
+        part.say(rows.described())
+    _warn(rows, watch)
+    with _phase("load model", folder, watch) as part:
+        model = load_base(config, part.progress)
+        folder.write_json("manifest.json", _manifest(config, rows))
+    subject = Subject(model, rows.tokenizer, rows.held_out.stop_ids, padding_id(rows.tokenizer))
+    measured = partial(
+        _measure, subject=subject, rows=rows.held_out, config=config, folder=folder, watch=watch
+    )
+    make_trainable(model, config)  # a fresh adapter changes no answer, and a bad target is refused at once
+    before = measured("before") if evaluate else None
+
+    save = saver(model, rows.tokenizer, config)
+    with folder.phase("train"):
+        training = train(
+            model,
+            rows.train.examples,
+            config.train,
+            TrainRun(
+                folder=folder.path,
+                save=save,
+                seed=config.seed,
+                pad_id=subject.pad_id,
+                autocast=autocast,
+                display=watch.training(config.train.log_steps),
+            ),
+        )
+    result = folder / result_name(config)
+    with _phase("save", folder, watch) as part:
+        save(result)
+        part.say(str(result))
+    after = measured("after") if evaluate else None
+
+    _draw(training.metrics, folder, watch)
+    summary = Summary(
+        setting=_setting(config, rows, ModelSize.of(model)),
+        changes=compare(before, after, resamples=config.evaluate.bootstrap, seed=config.seed),
+        samples=side_by_side(before, after, config.evaluate.samples),
+        training=training,
+        phase_seconds=dict(folder.seconds),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+    folder.write_json("summary.json", summary.as_dict())
+    folder.event("run", state="done")
+    return RunResult(folder.path, result, summary)
+
+
+def prepare(config: Config) -> Prepared:
+    """Read, check, split, render and tokenise the rows; the model itself is not needed.
+
+    Raises:
+        DataError: HB201 to HB211, each naming every faulty row.
+    """
+    renderer = Renderer(load_tokenizer(config.model), config.data.template)
+    checked = check_rows(read_rows(config.data.train, config.data.format))
+    if config.data.eval:
+        train_rows = list(checked.rows)
+        held_out_rows = list(check_rows(read_rows(config.data.eval, config.data.format)).rows)
+        check_overlap(train_rows, held_out_rows)
+    else:
+        train_rows, held_out_rows = split_rows(checked.rows, config.data.eval_fraction, config.seed)
+    return Prepared(
+        renderer.tokenizer,
+        renderer.template,
+        checked.report,
+        tokenise_rows(train_rows, renderer, config.data.max_length),
+        tokenise_rows(held_out_rows, renderer, config.data.max_length),
+    )
+
+
+def rehearse(config: Config, overwrite: bool = False) -> tuple[Prepared, Plan]:
+    """Everything of a run that can fail before the model is loaded; nothing is written.
+
+    Args:
+        config: Settings.
+        overwrite: Whether an earlier run in `output_dir` is to be replaced.
+
+    Returns:
+        The rows, and how many steps training would have.
+
+    Raises:
+        HalfbyteError: What the run would have raised.
+    """
+    check_free(Path(config.output_dir), overwrite)
+    autocast_dtype(config)
+    open_model_folder(config.model)
+    rows = prepare(config)
+    return rows, Plan.of(len(rows.train.examples), config.train)
+
+
+def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None = None) -> Measurement:
+    """Measure a model on the rows of `data.eval`; nothing is written.
+
+    Args:
+        config: Model, how it is held, rows and what to measure.
+        adapter: LoRA adapter in PEFT's format to put on top.
+        watch: Shows progress; None shows nothing.
+
+    Raises:
+        HalfbyteError: With a code for whatever was wrong.
+    """
+    watch = watch or Watch()
+    with watch.part("prepare rows") as part:
+        renderer = Renderer(load_tokenizer(config.model), config.data.template)
+        checked = check_rows(read_rows(config.data.eval or config.data.train, config.data.format))
+        rows = tokenise_rows(checked.rows, renderer, config.data.max_length)
+        part.say(f"{len(rows.examples):,} rows, {rows.truncated:,} cut at max_length")
+        part.say(f"template {renderer.template}")
+    with watch.part("load model") as part:
+        model = load_base(config, part.progress)
+        if adapter is not None:
+            load_adapter(model, adapter)
+    subject = Subject(model, renderer.tokenizer, rows.stop_ids, padding_id(renderer.tokenizer))
+    with watch.part("measure") as part:
+        measured = measure(subject, rows.examples, config.evaluate, config.seed, part.progress)
+        part.say(measured.described())
+    return measured
+
+
+@contextmanager
+def _phase(name: str, folder: RunFolder, watch: Watch) -> Iterator[Part]:
+    """A part of the run, in its log and on the console."""
+    with folder.phase(name), watch.part(name) as part:
+        yield part
+
+
+def _measure(
+    when: str, subject: Subject, rows: Tokenised, *, config: Config, folder: RunFolder, watch: Watch
+) -> Measurement:
+    """Measure the held-out rows and write what came out, item by item."""
+    with _phase(f"measure {when}", folder, watch) as part:
+        measured = measure(subject, rows.examples, config.evaluate, config.seed, part.progress)
+        measured.write(folder / "eval", when)
+        part.say(measured.described())
+    return measured
+
+
+def _warn(rows: Prepared, watch: Watch) -> None:
+    """Say what would make a low loss mislead."""
+    if rows.misaligned:
+        watch.note(
+            f"In {rows.misaligned:,} rows a token straddles the border of prompt and answer: the model never "
+            "learns how such an answer begins, and answers from other tokens than it was trained on. "
+            "Mostly a blank at the end of the prompt is to blame; move it to the answer's beginning."
+        )
+
+
+def _manifest(config: Config, rows: Prepared) -> dict[str, Any]:
+    """What the run is made from."""
+    files = [Path(file) for file in (*config.data.train, *(config.data.eval or ()))]
+    facts = {
+        "method": config.method,
+        "template": rows.template,
+        "kernels": [choice._asdict() for choice in backends.describe()],
+    }
+    return manifest(__version__, config.seed, Path(config.model), files, facts)
+
+
+def _draw(metrics: Path, folder: RunFolder, watch: Watch) -> None:
+    """Draw the loss curve, or say what is missing for it: a finished run is not lost for a picture."""
+    try:
+        loss_curve(metrics, folder / "loss")
+    except EvaluateError as error:
+        if error.code != "HB606":
+            raise
+        watch.note(f"No loss curve: {error.what}. To do: {error.fix}")
+
+
+def _setting(config: Config, rows: Prepared, size: ModelSize) -> Setting:
+    """What was run, for the summary."""
+    return Setting(
+        model=config.model,
+        method=config.method,
+        template=rows.template,
+        weights=weights_name(config),
+        scales=config.quantization.scales if config.method == "qlora" else None,
+        trainable_parameters=size.trainable,
+        parameters=size.total,
+        weight_bytes=size.nbytes,
+        train_rows=len(rows.train.examples),
+        held_out_rows=len(rows.held_out.examples),
+        truncated_rows=rows.truncated,
+        misaligned_rows=rows.misaligned,
+    )

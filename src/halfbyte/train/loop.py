@@ -1,0 +1,314 @@
+"""The training loop: from examples to trained weights, with a record of every step.
+
+It owns the order of things during training; it must not know rows, model folders, evaluation or the command
+line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfbyte.data.pack import batches, steps_per_epoch
+from halfbyte.errors import TrainError
+from halfbyte.train.checkpoint import TrainerState, write_checkpoint
+from halfbyte.train.display import Display, Shown, Silent
+from halfbyte.train.interrupt import CtrlC, TrainInterrupted
+from halfbyte.train.metrics import MetricsFile, StepRecord, peak_rss_bytes
+from halfbyte.train.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from halfbyte.train.schedule import learning_rate_factor, warmup_steps
+from halfbyte.train.step import RowNames, accumulate, trained_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from halfbyte.config import TrainConfig
+    from halfbyte.data.pack import Batch
+    from halfbyte.data.tokenise import Example
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """Where a training run writes, and what it is given besides model, examples and settings.
+
+    Args:
+        folder: Gets metrics.jsonl and checkpoints/.
+        save: Writes the trained weights into the folder it is given (an adapter, or a whole model).
+        seed: Decides the order of rows and dropout; the same seed gives the same weights, bit by bit.
+        pad_id: Token id to fill short rows with; it is masked, so any id will do.
+        autocast: Computing dtype of the forward pass where it differs from the weights', else None.
+        display: Shows progress.
+    """
+
+    folder: Path
+    save: Callable[[Path], None]
+    seed: int = 0
+    pad_id: int = 0
+    autocast: torch.dtype | None = None
+    display: Display = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training did.
+
+    Args:
+        steps: Optimizer steps done.
+        epochs: Passes over the data, fractional.
+        first_loss: Loss of the first step, before any update, nats per trained token.
+        last_loss: Loss of the last step, before its update.
+        tokens: Tokens seen, without padding.
+        trained_tokens: Tokens that carried loss.
+        seconds: Wall time.
+        tokens_per_s: `tokens` by `seconds`.
+        peak_rss_bytes: Largest resident memory of the process so far; None where the system does not say.
+        metrics: The metrics.jsonl file.
+    """
+
+    steps: int
+    epochs: float
+    first_loss: float
+    last_loss: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    tokens_per_s: float
+    peak_rss_bytes: int | None
+    metrics: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps a run has.
+
+    Args:
+        micro_batches_per_epoch: Forward and backward passes of one epoch.
+        steps_per_epoch: Optimizer steps of one epoch; the last may hold fewer micro-batches.
+        total_steps: Optimizer steps of the run.
+        warmup: Steps of rising learning rate.
+    """
+
+    micro_batches_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup: int
+
+    @classmethod
+    def of(cls, rows: int, config: TrainConfig) -> Plan:
+        """The plan for a number of rows; `max_steps` decides where it is set, else `epochs`."""
+        micro = steps_per_epoch(rows, config.batch_size)
+        per_epoch = steps_per_epoch(rows, config.batch_size, config.gradient_accumulation_steps)
+        total = config.max_steps if config.max_steps is not None else math.ceil(per_epoch * config.epochs)
+        return cls(micro, per_epoch, total, warmup_steps(total, config.warmup_ratio))
+
+
+def train(
+    model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig, run: TrainRun
+) -> TrainResult:
+    """Train the model's trainable parameters on the examples, in place.
+
+    Ctrl-C finishes the micro-batch at hand, drops its unfinished step and saves a checkpoint.
+
+    Args:
+        model: Causal language model with float32 trainable parameters.
+        examples: Tokenised rows, each with at least one trained token.
+        config: Settings of the training.
+        run: Where to write, seed, display.
+
+    Returns:
+        What was done; the metrics of every step are in the file it names.
+
+    Raises:
+        TrainError: HB501 or HB502 at the first loss or gradient that is not finite, with the weights of the
+            step before saved; HB504, HB505 for what cannot be trained.
+        TrainInterrupted: HB503 after Ctrl-C.
+    """
+    loop = _Loop(
+        model, config, run, Plan.of(len(examples), config), RowNames({e.id: e.where for e in examples})
+    )
+    torch.manual_seed(run.seed)
+    with (
+        _training_mode(model),
+        CtrlC() as ctrl_c,
+        MetricsFile(run.folder / "metrics.jsonl") as metrics,
+        Shown(run.display, loop.plan.total_steps) as display,
+    ):
+        for step_batches in _steps(examples, config, run, loop.plan):
+            record = loop.step(step_batches, ctrl_c)
+            metrics.write(record)
+            display.step(record)
+            if (
+                config.save_steps
+                and record.step % config.save_steps == 0
+                and record.step < loop.plan.total_steps
+            ):
+                loop.checkpoint("save_steps")
+    return loop.result()
+
+
+def _steps(
+    examples: Sequence[Example], config: TrainConfig, run: TrainRun, plan: Plan
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step, over as many epochs as it takes."""
+    left = plan.total_steps
+    for epoch in itertools.count():
+        order = iter(batches(examples, config.batch_size, run.seed, epoch, run.pad_id))
+        while step := list(itertools.islice(order, config.gradient_accumulation_steps)):
+            if left == 0:
+                return
+            left -= 1
+            yield step
+
+
+@contextmanager
+def _training_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout on within the block; as it was after it."""
+    was_training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class _Loop:
+    """The state of one run between steps: the optimizer, counters and clock."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: TrainConfig, run: TrainRun, plan: Plan, rows: RowNames
+    ) -> None:
+        self.model, self.config, self.run, self.plan, self.rows = model, config, run, plan, rows
+        self.optimizer = build_optimizer(model, config)
+        self.began = time.perf_counter()
+        self.micro_batches = 0
+        self.tokens = 0
+        self.trained = 0
+        self.first: StepRecord | None = None
+        self.last: StepRecord | None = None
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps done."""
+        return self.last.step if self.last else 0
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data finished."""
+        return self.micro_batches / self.plan.micro_batches_per_epoch
+
+    def step(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> StepRecord:
+        """One optimizer step; the weights change only if all of it went well."""
+        step_began = time.perf_counter()
+        config, plan = self.config, self.plan
+        lr = config.learning_rate * learning_rate_factor(
+            self.done, plan.total_steps, plan.warmup, config.schedule
+        )
+        try:
+            loss, grad_norm = self._gradient(micro_batches, ctrl_c)
+        except TrainInterrupted:
+            raise
+        except TrainError as error:
+            saved = self.checkpoint("stopped") if self.done else None
+            kept = f"; the weights after step {self.done} are in {saved}" if saved else ""
+            where = f"step {self.done + 1} of {plan.total_steps}, {error.where}"
+            raise TrainError(error.code, error.what, where=where, fix=error.fix + kept) from error
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._note(micro_batches, loss, grad_norm, lr, time.perf_counter() - step_began)
+
+    def _gradient(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> tuple[float, float]:
+        """The step's loss and clipped gradient norm, the gradient left in the parameters."""
+        divisor = trained_tokens(micro_batches, self.rows)
+        device = next(self.model.parameters()).device.type
+        loss = 0.0
+        for batch in micro_batches:
+            with torch.autocast(device, self.run.autocast) if self.run.autocast else nullcontext():
+                loss += accumulate(self.model, batch, divisor, self.rows)
+            if ctrl_c.requested:
+                self._stop()
+        norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
+        if not math.isfinite(norm):
+            raise TrainError(
+                "HB502",
+                f"the gradient's norm is {norm} at a loss of {loss:.4f}",
+                where=f"rows {self.rows.of(micro_batches)}",
+                fix="lower train.learning_rate, or compute in float32 (dtype: float32)",
+            )
+        return loss, norm
+
+    def _stop(self) -> None:
+        """Save what the finished steps made and leave."""
+        saved = self.checkpoint("interrupted")
+        raise TrainInterrupted(
+            "HB503",
+            f"stopped by Ctrl-C after {self.done} of {self.plan.total_steps} steps",
+            where=str(saved),
+            fix="the weights so far are saved there; a run cannot be continued from them, only begun anew",
+        )
+
+    def _note(
+        self, micro_batches: list[Batch], loss: float, grad_norm: float, lr: float, step_s: float
+    ) -> StepRecord:
+        """Count a finished step."""
+        tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
+        trained = sum(batch.trained_tokens for batch in micro_batches)
+        self.micro_batches += len(micro_batches)
+        self.tokens += tokens
+        self.trained += trained
+        self.last = StepRecord(
+            step=self.done + 1,
+            epoch=self.epochs,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            trained_tokens=trained,
+            tokens=tokens,
+            tokens_per_s=tokens / step_s,
+            seconds=time.perf_counter() - self.began,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        self.first = self.first or self.last
+        return self.last
+
+    def checkpoint(self, reason: str) -> Path:
+        """Save the weights as they stand after the last finished step."""
+        state = TrainerState(
+            step=self.done,
+            total_steps=self.plan.total_steps,
+            epoch=self.epochs,
+            loss=self.last.loss if self.last else None,
+            tokens=self.tokens,
+            seed=self.run.seed,
+            reason=reason,
+        )
+        folder = self.run.folder / "checkpoints" / f"step-{self.done:06d}"
+        if folder.exists():  # save_steps just wrote these very weights
+            return folder
+        return write_checkpoint(folder, self.run.save, state)
+
+    def result(self) -> TrainResult:
+        """The sums of the run."""
+        assert self.first is not None, "a plan has at least one step"
+        assert self.last is not None
+        seconds = time.perf_counter() - self.began
+        return TrainResult(
+            steps=self.done,
+            epochs=self.epochs,
+            first_loss=self.first.loss,
+            last_loss=self.last.loss,
+            tokens=self.tokens,
+            trained_tokens=self.trained,
+            seconds=seconds,
+            tokens_per_s=self.tokens / seconds,
+            peak_rss_bytes=peak_rss_bytes(),
+            metrics=self.run.folder / "metrics.jsonl",
+        )

@@ -1,0 +1,77 @@
+"""What is written down about each optimizer step, and the process's peak memory.
+
+It owns the lines of metrics.jsonl; it knows nothing of models, optimizers or displays.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of metrics.jsonl.
+
+    Args:
+        step: Optimizer step, from 1.
+        epoch: Passes over the data finished after this step, fractional.
+        loss: Nats per trained token over the whole step, before its update.
+        lr: Learning rate of the update.
+        grad_norm: Global L2 norm of the gradient before clipping.
+        trained_tokens: Tokens that carry loss in this step.
+        tokens: All tokens of the step, without padding.
+        tokens_per_s: `tokens` by the step's wall time.
+        seconds: Wall time since training began.
+        peak_rss_bytes: Largest resident memory of the process so far; None where the system does not say.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    trained_tokens: int
+    tokens: int
+    tokens_per_s: float
+    seconds: float
+    peak_rss_bytes: int | None
+
+
+class MetricsFile:
+    """Appends one JSON line per step, each flushed, so that a crash loses none.
+
+    Args:
+        path: The file; it is begun anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = path.open("w", encoding="utf-8")
+
+    def write(self, record: StepRecord) -> None:
+        """Append one step."""
+        self._file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def peak_rss_bytes() -> int | None:
+    """Largest resident set of this process so far, in bytes; None where the system does not count it."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

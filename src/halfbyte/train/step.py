@@ -1,0 +1,110 @@
+"""One optimizer step's loss and gradient, weighted by trained tokens over all its micro-batches.
+
+It owns the arithmetic of the loss; it knows nothing of optimizers, epochs, files or displays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import TrainError
+from halfbyte.model.heads import trained_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from halfbyte.data.pack import Batch
+
+ROWS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """How a batch's rows are named to a person: the row's content hash and where it stands.
+
+    Args:
+        where: File and line by row id; ids that are missing are shown bare.
+    """
+
+    where: Mapping[str, str]
+
+    def of(self, batches: Sequence[Batch]) -> str:
+        """Names of all rows of some batches, the first few spelled out."""
+        ids = [row_id for batch in batches for row_id in batch.ids]
+        shown = [f"{i} ({self.where[i]})" if i in self.where else i for i in ids[:ROWS_SHOWN]]
+        more = f" and {len(ids) - ROWS_SHOWN} more" if len(ids) > ROWS_SHOWN else ""
+        return ", ".join(shown) + more
+
+
+def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the batch's trained tokens, in float32.
+
+    Args:
+        model: Causal language model.
+        batch: Token ids, labels and attention mask, each (B, T).
+
+    Returns:
+        Scalar with a gradient.
+    """
+    device = next(model.parameters()).device
+    logits, targets = trained_logits(
+        model,
+        torch.from_numpy(batch.input_ids).to(device),
+        torch.from_numpy(batch.attention_mask).to(device),
+        torch.from_numpy(batch.labels).to(device),
+    )
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def trained_tokens(batches: Sequence[Batch], rows: RowNames) -> int:
+    """Number of trained tokens of a whole optimizer step, the divisor of its loss.
+
+    Raises:
+        TrainError: HB504 if there are none.
+    """
+    count = sum(batch.trained_tokens for batch in batches)
+    if count == 0:
+        raise TrainError(
+            "HB504",
+            "no token of this step is trained on, so it has no loss",
+            where=f"rows {rows.of(batches)}",
+            fix="look at the rows as the model sees them: halfbyte data show",
+        )
+    return count
+
+
+def accumulate(model: PreTrainedModel, batch: Batch, divisor: int, rows: RowNames) -> float:
+    """Add one micro-batch's share of the step's gradient; no gradient is added if its loss is not finite.
+
+    The step's loss is the sum over all its trained tokens divided by their number, so micro-batches of
+    unequal length weigh by tokens and the result does not depend on how the step is cut.
+
+    Args:
+        model: Causal language model.
+        batch: One micro-batch.
+        divisor: Trained tokens of the whole step.
+        rows: How to name the rows in an error.
+
+    Returns:
+        The batch's share of the step's loss, in nats per token.
+
+    Raises:
+        TrainError: HB501 if the loss is not finite.
+    """
+    loss = loss_sum(model, batch) / divisor
+    value = loss.item()
+    if not math.isfinite(value):
+        raise TrainError(
+            "HB501",
+            f"the loss is {value}",
+            where=f"rows {rows.of([batch])}",
+            fix="lower train.learning_rate, or look at these rows with halfbyte data show",
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
+    return value

@@ -1,0 +1,141 @@
+"""Promises of the other verbs: eval, quantize, data, config, doctor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from halfbyte.cli.consoles import size
+from halfbyte.config import SETTINGS
+from halfbyte.kernels import native
+
+Call = Callable[..., Result]
+
+
+def test_eval_gives_loss_and_exact_match_with_intervals(
+    call: Call, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    arguments = ("eval", model, rows, "--output", tmp_path / "out", "--set", "evaluate.max_new_tokens=4")
+    table = call(*arguments)
+    assert table.exit_code == 0, table.stderr
+    for part in ("exact match", "held-out loss", "perplexity", "95 % interval"):
+        assert part in table.stdout
+    facts = json.loads(call(*arguments, "--json").stdout)
+    assert facts["loss"]["low"] < facts["loss"]["value"] < facts["loss"]["high"]
+    assert facts["exact_match"]["n"] == 16
+    lines = (tmp_path / "out" / "stories260K-hf.loss.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len({json.loads(line)["id"] for line in lines}) == 16
+
+
+def test_eval_puts_the_adapter_on_top(
+    call: Call, recipe: Path, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    assert call("train", recipe, "--set", "train.epochs=8").exit_code == 0
+    plain = ("eval", model, rows, "--quantization", "nf4", "--set", "evaluate.exact_match=false", "--json")
+    adapter = ("--adapter", tmp_path / "run" / "adapter")
+    out = ("--output", tmp_path / "out")
+    before = json.loads(call(*plain, *out).stdout)
+    after = json.loads(call(*plain, *out, *adapter).stdout)
+    assert after["loss"]["value"] < 0.7 * before["loss"]["value"]
+    assert (tmp_path / "out" / "adapter.loss.jsonl").exists()
+
+
+@pytest.mark.parametrize("format_", ["nf4", "fp4"])
+def test_quantize_writes_a_smaller_folder_that_measures_the_same(
+    call: Call, model: Path, rows: Path, tmp_path: Path, format_: str
+) -> None:
+    out = tmp_path / "small"
+    facts = json.loads(call("quantize", model, out, "--format", format_, "--json").stdout)
+    assert facts["bytes_after"] < 0.5 * facts["bytes_before"]
+    measure = (
+        "--set", "dtype=float32", "--set", "evaluate.exact_match=false", "--output", tmp_path / "e", "--json"
+    )  # fmt: skip
+    stored = json.loads(call("eval", out, rows, *measure).stdout)
+    in_memory = json.loads(call("eval", model, rows, "--quantization", format_, *measure).stdout)
+    assert stored["loss"] == in_memory["loss"]
+    assert "times smaller" in call("quantize", model, tmp_path / "again").stdout
+
+
+def test_quantize_never_replaces_files_of_something_else(call: Call, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    refused = call("quantize", model, tmp_path)
+    assert refused.exit_code == 2
+    assert "HB316" in refused.stderr
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_data_check_counts_and_names_bad_lines(call: Call, rows: Path) -> None:
+    assert json.loads(call("data", "check", rows, "--json").stdout)["rows"] == 16
+    assert "16" in call("data", "check", rows).stdout
+    rows.write_text(rows.read_text(encoding="utf-8") + "{broken\n[]\n", encoding="utf-8")
+    refused = call("data", "check", rows)
+    assert refused.exit_code == 2
+    assert f"{rows}:17" in refused.stderr
+    assert f"{rows}:18" in refused.stderr
+
+
+def test_data_show_brackets_what_is_trained(call: Call, rows: Path, model: Path) -> None:
+    shown = call("data", "show", rows, "--model", model, "-n", "2").stdout
+    assert "The cat [big]⟦ saw the cat.</s>⟧" in shown
+    assert "rows.jsonl:2" in shown
+    assert "rows.jsonl:3" not in shown
+
+
+def test_data_show_shows_what_is_cut(call: Call, rows: Path, model: Path) -> None:
+    shown = call("data", "show", rows, "--model", model, "-n", "1", "--max-length", "12").stdout
+    assert "12 tokens" in shown
+    assert "cut at max_length" in shown
+    assert "</s>⟧" not in shown
+
+
+def test_config_schema_lists_every_setting(call: Call) -> None:
+    table = call("config", "schema").stdout
+    assert all(name in table for name in SETTINGS)
+    schema = json.loads(call("config", "schema", "--json").stdout)
+    assert set(schema["required"]) == {"model", "data"}
+
+
+def test_doctor_says_what_runs_and_why(call: Call) -> None:
+    facts = json.loads(call("doctor", "--json").stdout)
+    assert {choice["operation"] for choice in facts["kernels"]} >= {"linear_4bit", "dequantize_4bit"}
+    assert facts["hardware"]["cores"] >= 1
+    assert facts["versions"]["torch"]
+    assert facts["threads"] == 1
+    assert facts["native_kernels"] is (native.module() is not None)
+    assert "linear_4bit" in call("doctor").stdout
+
+
+def test_every_command_says_so_when_native_kernels_are_not_used(rows: Path) -> None:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "halfbyte", "data", "check", str(rows), "--json"],
+        env={**os.environ, native.BACKEND_VARIABLE: "reference"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stderr.splitlines()) == 1
+    assert "slow" in done.stderr
+    assert json.loads(done.stdout)["rows"] == 16
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (None, "unknown"),
+        (0, "0 B"),
+        (1023, "1,023 B"),
+        (1536, "1.5 KiB"),
+        (560 << 20, "560 MiB"),
+        (3 << 40, "3.0 TiB"),
+    ],
+)
+def test_sizes_read_in_binary_units(nbytes: int | None, text: str) -> None:
+    assert size(nbytes) == text

@@ -1,0 +1,264 @@
+"""Promises of a whole run: what it leaves, that it repeats, that its numbers are true, what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from halfbyte import pipeline
+from halfbyte.config import Config, load_config
+from halfbyte.errors import ConfigError, DataError, EvaluateError
+from halfbyte.pipeline import run
+from halfbyte.report.watch import Watch
+
+Make = Callable[..., Config]
+ANIMALS = ("cat", "dog", "bird", "fish", "bear", "duck", "frog", "bug")
+
+
+def _rows(count: int, blank: str = " ") -> str:
+    """Short prompts with short answers; the blank between them may stand on either side."""
+    rows = []
+    for number in range(count):
+        animal, tail = ANIMALS[number % 8], f"ran to the {ANIMALS[number // 8]}."
+        rows.append({"prompt": f"The {animal}" + (" " if not blank else ""), "completion": blank + tail})
+    return "\n".join(map(json.dumps, rows)) + "\n"
+
+
+@pytest.fixture
+def make(tmp_path: Path, shared: Callable[[str], Path]) -> Make:
+    """Builds the settings of a run that takes about a second."""
+    torch.set_num_threads(1)
+
+    def build(*overrides: str, rows: str | None = None) -> Config:
+        file = tmp_path / "rows.jsonl"
+        file.write_text(_rows(32) if rows is None else rows, encoding="utf-8")
+        base: dict[str, Any] = {
+            "model": str(shared("models/stories260K-hf")),
+            "output_dir": str(tmp_path / "run"),
+            "dtype": "float32",
+            "lora": {"r": 4},
+            "data": {"train": str(file), "eval_fraction": 0.25},
+            "train": {"batch_size": 4, "epochs": 2, "learning_rate": 1e-2},
+            "evaluate": {"max_new_tokens": 6, "max_items": 4, "bootstrap": 200},
+        }
+        return load_config(None, overrides, base)
+
+    return build
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_leaves_all_its_evidence(make: Make) -> None:
+    config = make()
+    result = run(config)
+    left = {str(p.relative_to(result.folder)) for p in result.folder.rglob("*") if p.is_file()}
+    assert left == {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "summary.json",
+        "loss.svg",
+        "loss.png",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "eval/before.loss.jsonl",
+        "eval/before.answers.jsonl",
+        "eval/after.loss.jsonl",
+        "eval/after.answers.jsonl",
+    }
+    assert load_config(result.folder / "config.yaml") == config
+    manifest = _json(result.folder / "manifest.json")
+    rows = Path(config.data.train[0])
+    assert manifest["data"] == [
+        {
+            "path": str(rows),
+            "bytes": rows.stat().st_size,
+            "sha256": hashlib.sha256(rows.read_bytes()).hexdigest(),
+        }
+    ]
+    assert {Path(file["path"]).name for file in manifest["base"]} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert manifest["seed"] == 0
+    assert manifest["kernels"]
+    done = [e["event"] for e in _lines(result.folder / "events.jsonl") if e.get("state") == "done"]
+    assert done == ["prepare rows", "load model", "measure before", "train", "save", "measure after", "run"]
+
+
+def test_training_helps_and_the_summary_says_so(make: Make) -> None:
+    result = run(make("train.epochs=12"))
+    loss = next(c for c in result.summary.changes if c.name == "loss")
+    assert loss.after.value < 0.5 * loss.before.value
+    assert loss.verdict == "better"
+    summary = _json(result.folder / "summary.json")
+    assert summary["metrics"]["loss"]["after"]["value"] == loss.after.value
+    assert summary["training"]["steps"] == 72  # 24 rows in batches of 4, 12 times
+    assert summary["setting"]["train_rows"] == 24
+    assert summary["setting"]["held_out_rows"] == 8
+    assert len(summary["samples"]) == 3
+
+
+def test_before_and_after_are_measured_on_the_same_items(make: Make) -> None:
+    folder = run(make()).folder
+    for name, count in (("loss", 8), ("answers", 4)):
+        before = [item["id"] for item in _lines(folder / f"eval/before.{name}.jsonl")]
+        after = [item["id"] for item in _lines(folder / f"eval/after.{name}.jsonl")]
+        assert before == after
+        assert len(set(before)) == count
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_what_was_saved_measures_as_it_did_when_it_was_trained(
+    make: Make, tmp_path: Path, method: str
+) -> None:
+    config = make(f"method={method}")
+    result = run(config)
+    held_out = {item["where"].rpartition(":")[2] for item in _lines(result.folder / "eval/after.loss.jsonl")}
+    lines = Path(config.data.train[0]).read_text(encoding="utf-8").splitlines()
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(lines[int(n) - 1] + "\n" for n in sorted(held_out, key=int)), encoding="utf-8")
+    trained = [f"model={result.result}"] if method == "full" else []
+    again = pipeline.evaluate(
+        make(f"method={method}", f"data.eval={file}", *trained),
+        None if method == "full" else result.result,
+    )
+    loss = next(c for c in result.summary.changes if c.name == "loss")
+    assert again.loss is not None
+    assert again.loss.loss.value == loss.after.value
+    assert loss.after.value < loss.before.value
+
+
+def test_the_same_recipe_gives_the_same_bytes(make: Make, tmp_path: Path) -> None:
+    first, second = (run(make(f"output_dir={tmp_path / name}")) for name in ("a", "b"))
+    weights = "adapter/adapter_model.safetensors"
+    assert (first.folder / weights).read_bytes() == (second.folder / weights).read_bytes()
+    for name in ("before.loss", "after.loss", "after.answers"):
+        file = f"eval/{name}.jsonl"
+        assert (first.folder / file).read_bytes() == (second.folder / file).read_bytes()
+    other = run(make(f"output_dir={tmp_path / 'c'}", "seed=1"))
+    assert (first.folder / weights).read_bytes() != (other.folder / weights).read_bytes()
+
+
+def test_the_seed_decides_the_adapter_s_start_and_the_order_of_rows(make: Make, tmp_path: Path) -> None:
+    rows = _rows(24).splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(rows[16:]), encoding="utf-8")
+    still = (f"data.eval={tmp_path / 'eval.jsonl'}", "train.max_steps=1", "train.learning_rate=1e-30")
+
+    def start(seed: int) -> tuple[float, torch.Tensor]:
+        config = make(*still, f"seed={seed}", rows="".join(rows[:16]))
+        result = run(config, evaluate=False, overwrite=True)
+        tensors = load_file(result.result / "adapter_model.safetensors")
+        first = next(t for name, t in sorted(tensors.items()) if "lora_A" in name)
+        return result.summary.training.first_loss, first
+
+    (loss, first), (other_loss, other) = start(0), start(1)
+    assert loss != other_loss  # the adapter adds nothing at first, so other rows came first
+    assert not torch.equal(first, other)
+
+
+def test_full_training_computes_in_bfloat16_and_keeps_float32(make: Make) -> None:
+    result = run(make("method=full", "dtype=bfloat16", "train.epochs=1"))
+    exact = run(make("method=full", "train.epochs=1"), overwrite=True)
+    assert {t.dtype for t in load_file(result.result / "model.safetensors").values()} == {torch.float32}
+    assert result.summary.training.first_loss != exact.summary.training.first_loss
+
+
+def test_full_training_in_float16_is_refused_before_anything_is_written(make: Make, tmp_path: Path) -> None:
+    config = make("method=full", "dtype=float16")
+    for attempt in (run, pipeline.rehearse):
+        with pytest.raises(ConfigError, match=r"HB102[\s\S]*float16"):
+            attempt(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_run_is_kept_unless_overwriting_is_asked_for(make: Make) -> None:
+    folder = run(make(), evaluate=False).folder
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    (folder / "checkpoints").mkdir()
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"HB120[\s\S]*--overwrite"):
+        run(make("train.max_steps=1"), evaluate=False)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    run(make("train.max_steps=1"), evaluate=False, overwrite=True)
+    assert len(_lines(folder / "metrics.jsonl")) == 1
+    assert not (folder / "checkpoints").exists()
+    assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_of_something_else_is_never_overwritten(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"HB120[\s\S]*thesis\.tex"):
+        run(make(), overwrite=True)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_evaluation_rows_among_training_rows_stop_the_run(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text(_rows(1), encoding="utf-8")
+    with pytest.raises(DataError, match="HB205"):
+        run(make(f"data.eval={tmp_path / 'eval.jsonl'}"))
+
+
+def test_a_separate_evaluation_file_is_measured_whole(make: Make, tmp_path: Path) -> None:
+    rows = _rows(24).splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(rows[16:]), encoding="utf-8")
+    result = run(make(f"data.eval={tmp_path / 'eval.jsonl'}", rows="".join(rows[:16])))
+    assert (result.summary.setting.train_rows, result.summary.setting.held_out_rows) == (16, 8)
+
+
+def test_without_held_out_rows_nothing_is_measured_and_that_is_said(make: Make) -> None:
+    text = io.StringIO()
+    result = run(make("data.eval_fraction=0"), watch=Watch(Console(file=text, width=200)))
+    assert result.summary.changes == ()
+    assert "no held-out rows: nothing is measured" in text.getvalue()
+
+
+def test_training_alone_measures_nothing(make: Make) -> None:
+    result = run(make(), evaluate=False)
+    assert result.summary.changes == ()
+    assert not (result.folder / "eval").exists()
+
+
+def test_tokens_that_straddle_prompt_and_answer_are_told(make: Make) -> None:
+    """`"The cat "` + `"ran"`: the tokenizer joins the blank to the answer, so generation sees other tokens."""
+
+    text = io.StringIO()
+    result = run(make(rows=_rows(32, blank="")), evaluate=False, watch=Watch(Console(file=text, width=200)))
+    assert "In 32 rows a token straddles the border of prompt and answer" in text.getvalue()
+    assert result.summary.setting.misaligned_rows == 32
+
+
+def test_a_rehearsal_counts_and_writes_nothing(make: Make, tmp_path: Path) -> None:
+    rows, plan = pipeline.rehearse(make())
+    assert len(rows.train.examples) == 24
+    assert plan.total_steps == 12
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_plot_library_does_not_lose_a_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(metrics: Path, out: Path) -> None:
+        raise EvaluateError("HB606", "got no matplotlib", fix="pip install it")
+
+    monkeypatch.setattr(pipeline, "loss_curve", absent)
+    text = io.StringIO()
+    result = run(make(), evaluate=False, watch=Watch(Console(file=text, width=200)))
+    assert (result.folder / "summary.json").exists()
+    assert "No loss curve: got no matplotlib. To do: pip install it" in text.getvalue()

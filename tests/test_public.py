@@ -1,0 +1,60 @@
+"""Promises of the Python interface: small, lazy, and the few lines a newcomer types do what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import halfbyte as hb
+
+
+def test_the_surface_is_what_it_says() -> None:
+    assert hb.__all__ == ["__version__", "add_lora", "load", "run", "save_adapter"]
+    for name in hb.__all__:
+        assert getattr(hb, name)
+        assert name in dir(hb)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        hb.lode  # noqa: B018
+
+
+def test_the_first_lines_of_a_newcomer_work(shared: Callable[[str], Path], tmp_path: Path) -> None:
+    path = shared("models/stories260K-hf")
+    model = hb.load(path, quantization="nf4", dtype="float32")
+    hb.add_lora(model, r=16, alpha=32, target_modules="all-linear")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.arange(1, 33).reshape(2, 16)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    hb.save_adapter(model, tmp_path / "out")
+    again = hb.load(path, quantization="nf4", dtype="float32", adapter=tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, "bfloat16"])
+def test_dtypes_are_taken_as_torchs_or_by_name(
+    shared: Callable[[str], Path], given: torch.dtype | str
+) -> None:
+    assert hb.load(shared("models/stories260K-hf"), dtype=given).dtype == torch.bfloat16
+
+
+def test_scales_are_searched_when_asked_for(shared: Callable[[str], Path]) -> None:
+    path = shared("models/stories260K-hf")
+    dense = hb.load(path, dtype="float32").model.layers[0].self_attn.q_proj.weight.detach()
+    x = torch.eye(dense.shape[1])
+    errors = {}
+    for scales in ("absmax", "mse"):
+        layer = (
+            hb.load(path, quantization="nf4", scales=scales, dtype="float32").model.layers[0].self_attn.q_proj
+        )
+        errors[scales] = float((layer(x).T - dense).square().sum())
+    assert errors["mse"] < errors["absmax"]
