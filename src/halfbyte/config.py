@@ -143,7 +143,7 @@ class Config(_Section):
     method: Method = "qlora"
     """full trains every weight, lora an adapter, qlora an adapter on a base held in 4 bits."""
     dtype: Dtype = "auto"
-    """Computing type of the frozen base; auto: bfloat16 if the CPU multiplies it natively, else float32."""
+    """Computing type of the frozen base; auto: bfloat16 if the kernels in use multiply it, else float32."""
     seed: int = Field(0, ge=0, lt=SEED_LIMIT)
     """Decides initial adapter, order of rows, held-out rows and dropout."""
     output_dir: str = "runs/run"

@@ -21,20 +21,13 @@ def test_names_mean_torchs_dtypes(name: str, dtype: torch.dtype) -> None:
     assert computing_dtype(name) == dtype
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "dtype"),
-    [
-        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
-        ({"avx2": True, "avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({}, torch.float32),
-    ],
-)
-def test_auto_follows_what_the_cpu_multiplies(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: torch.dtype
-) -> None:
-    monkeypatch.setattr(precision.torch.cpu, "get_capabilities", lambda: capabilities)
-    assert computing_dtype("auto") == dtype
+def test_auto_follows_the_kernels_in_use(isa: str) -> None:
+    assert computing_dtype("auto") == (torch.bfloat16 if isa == "avx512_bf16" else torch.float32)
+
+
+def test_auto_without_native_kernels_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "module", lambda: None)
+    assert computing_dtype("auto") == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ from math import prod
 
 import torch
 
+from halfbyte.kernels.native import module
 from halfbyte.model.files import ModelFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def computing_dtype(name: str = "auto") -> torch.dtype:
-    """The dtype a name means; `auto` is bfloat16 where the CPU multiplies it natively, else float32.
+    """The dtype a name means; `auto` is bfloat16 where the kernels in use multiply it natively, else float32.
 
     Args:
         name: `auto` or a key of `DTYPES`.
@@ -27,8 +28,9 @@ def computing_dtype(name: str = "auto") -> torch.dtype:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions that multiply bfloat16 (AVX512-BF16, AMX-BF16 or Arm's BF16)."""
-    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    """Whether the kernels in use have products of bfloat16; the others would widen it to float32."""
+    native = module()
+    return native is not None and native.active().endswith("bf16")
 
 
 def stored_dtype(folder: ModelFolder) -> torch.dtype:

@@ -35,7 +35,7 @@ def load(
         quantization: Hold the linear layers in this 4-bit format; None leaves them as they are stored.
         scales: With `quantization`: each block's scale is its largest magnitude (`absmax`, as bitsandbytes),
             or the one with the least squared error (`mse`).
-        dtype: Computing dtype, as torch's or by name; None is bfloat16 where the CPU multiplies it natively,
+        dtype: Computing dtype, as torch's or by name; None is bfloat16 where the kernels in use multiply it,
             else float32.
         adapter: Folder of a LoRA adapter in PEFT's format to put on top.
 

@@ -89,6 +89,7 @@ def build_skeleton(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
     except Exception as fault:  # any of transformers' and torch's own; it is told, with its cause, not hidden
         raise _bad_settings(folder, fault) from fault
+    model.config.dtype = dtype  # older transformers leave what the file says
     model.train(False)
     return model
 
