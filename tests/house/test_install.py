@@ -50,8 +50,11 @@ def test_native_zero_installs_without_and_every_command_says_so(install, tmp_pat
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     assert not list(site.glob("halfbyte/_native*"))
     for arguments in (["doctor"], ["data", "check", str(tmp_path / "absent.jsonl")]):
-        # The packages of this environment, but halfbyte from that one.
-        code = f"import sys; sys.path.insert(0, {str(site)!r}); from halfbyte.cli import main; main()"
+        # The packages of this environment, but halfbyte from that one: the finder of an editable install comes first.
+        code = (
+            "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; "
+            f"sys.path.insert(0, {str(site)!r}); from halfbyte.cli import main; main()"
+        )
         command = [sys.executable, "-c", code, *arguments]
         clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         ran = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
