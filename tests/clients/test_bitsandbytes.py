@@ -11,14 +11,13 @@ from itertools import product
 
 import pytest
 import torch
+from bitsandbytes import functional
 from safetensors.torch import load_file, save_file
 
 from halfbyte.kernels import ops, reference
 from halfbyte.quant.codebook import FORMATS
 from halfbyte.quant.formats import entry_names, from_bitsandbytes, quantised_names, to_bitsandbytes
 from halfbyte.quant.weight import QuantSpec, Weight4bit, decode_scales
-
-functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is a development dependency")
 
 SHAPES = ((64, 64), (37, 101), (3, 5), (1, 7), (70, 172), (130, 200), (33, 100), (256, 512))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -16,8 +17,6 @@ from halfbyte.model.linear4bit import Linear4bit
 from halfbyte.model.loading import load
 from halfbyte.model.saving import save_quantized
 from halfbyte.quant.weight import QuantSpec
-
-bnb: Any = pytest.importorskip("bitsandbytes")
 
 Shared = Callable[[str], Path]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -13,8 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from halfbyte.model.adapters import load_adapter, save_adapter
 from halfbyte.model.loading import load
 from halfbyte.model.lora import LoraSpec, adapted_modules, adapters_disabled, add_lora
-
-peft: Any = pytest.importorskip("peft")
 
 # PEFT asks transformers by an old name. Its own warnings, such as for keys it misses, stay errors.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from bitsandbytes import functional
 
 from halfbyte.quant.codebook import FORMATS, codebook, dynamic_map, fp4_codebook, nf4_codebook, thresholds
 
@@ -21,9 +22,6 @@ def test_nf4_equals_the_published_constants_bit_for_bit():
 
 
 def test_codebooks_and_dynamic_map_equal_bitsandbytes_bit_for_bit():
-    functional = pytest.importorskip(
-        "bitsandbytes.functional", reason="bitsandbytes is a development dependency"
-    )
     for fmt in FORMATS:
         theirs = functional.get_4bit_type(fmt, device="cpu").numpy()
         np.testing.assert_array_equal(codebook(fmt), theirs)  # theirs has +0 for FP4's minus zero
