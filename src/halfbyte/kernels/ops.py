@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import KernelError
 from halfbyte.kernels.backends import implementation
+from halfbyte.kernels.library import define
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.weight import QuantSpec, StoredScales, Weight4bit, WeightParts, decode_scales, nest_scales
 
@@ -212,6 +213,10 @@ def _input_shape(dy: Tensor, *weight: Any) -> Tensor:
     return dy.new_empty((dy.shape[0], WeightParts(*weight).K))
 
 
+_GRADIENTS = {
+    "linear_4bit": (_linear_backward, _save_for_backward),
+    "linear_4bit_grad": (_grad_backward, _grad_save_for_backward),
+}
 _COMPUTE_AND_SHAPE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "block_scales": (_block_scales, _scales_shape),
     "search_scales": (_search_scales, _scales_shape),
@@ -220,22 +225,5 @@ _COMPUTE_AND_SHAPE: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]
     "linear_4bit": (_linear_4bit, _output_shape),
     "linear_4bit_grad": (_linear_4bit_grad, _input_shape),
 }
-_BACKWARD = {
-    "linear_4bit": (_linear_backward, _save_for_backward),
-    "linear_4bit_grad": (_grad_backward, _grad_save_for_backward),
-}
-
-
-def _register() -> Any:
-    """Defines the operations in torch; they live as long as the library object that is returned."""
-    library: Any = torch.library.Library("halfbyte", "DEF")  # type: ignore[no-untyped-call]
-    for name, (compute, shape) in _COMPUTE_AND_SHAPE.items():
-        library.define(name + _SCHEMAS[name])
-        library.impl(name, compute, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"halfbyte::{name}", shape, lib=library)
-    for name, (backward, save) in _BACKWARD.items():
-        torch.library.register_autograd(f"halfbyte::{name}", backward, setup_context=save, lib=library)
-    return library
-
-
-_LIBRARY = _register()
+for _name, (_compute, _shape) in _COMPUTE_AND_SHAPE.items():
+    define(_name, _SCHEMAS[_name], _compute, _shape, _GRADIENTS.get(_name))

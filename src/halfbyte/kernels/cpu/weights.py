@@ -1,33 +1,24 @@
-"""The operations on CPU tensors through the compiled module.
+"""4-bit weights on the CPU: encoding, decoding and products through the compiled module.
 
-It owns the passage from tensors to pointers; it must not check arguments (that is `ops`) nor compute.
+It owns the passage of weights to the compiled kernels; it must not check arguments (that is `ops`) nor compute.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.native import module
+from halfbyte.kernels.cpu.calls import DTYPES, native, threads
 from halfbyte.quant.codebook import thresholds
 from halfbyte.quant.search import FIRST_FRACTION, LAST_FRACTION, REFINEMENTS, TRIALS
 from halfbyte.quant.weight import WeightParts
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the compiled module is in use and takes this dtype."""
-    return dtype in DTYPES and module() is not None
 
 
 def block_scales(weight: Tensor, blocksize: int) -> Tensor:
     """See `reference.block_scales`."""
     scales = weight.new_empty(-(-weight.numel() // blocksize), dtype=torch.float32)
-    _native().block_scales(
-        weight.data_ptr(), DTYPES[weight.dtype], weight.numel(), blocksize, scales.data_ptr(), _threads()
+    native().block_scales(
+        weight.data_ptr(), DTYPES[weight.dtype], weight.numel(), blocksize, scales.data_ptr(), threads()
     )
     return scales
 
@@ -35,7 +26,7 @@ def block_scales(weight: Tensor, blocksize: int) -> Tensor:
 def search_scales(weight: Tensor, codebook: Tensor, blocksize: int) -> Tensor:
     """See `reference.search_scales`."""
     scales = weight.new_empty(-(-weight.numel() // blocksize), dtype=torch.float32)
-    _native().search_scales(
+    native().search_scales(
         weight.data_ptr(),
         DTYPES[weight.dtype],
         weight.numel(),
@@ -43,7 +34,7 @@ def search_scales(weight: Tensor, codebook: Tensor, blocksize: int) -> Tensor:
         _sorted_codebook(codebook),
         (FIRST_FRACTION, LAST_FRACTION, TRIALS, REFINEMENTS),
         scales.data_ptr(),
-        _threads(),
+        threads(),
     )
     return scales
 
@@ -51,7 +42,7 @@ def search_scales(weight: Tensor, codebook: Tensor, blocksize: int) -> Tensor:
 def encode_4bit(weight: Tensor, scales: Tensor, codebook: Tensor, blocksize: int) -> Tensor:
     """See `reference.encode_4bit`."""
     codes = weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8)
-    _native().encode(
+    native().encode(
         weight.data_ptr(),
         DTYPES[weight.dtype],
         weight.numel(),
@@ -59,7 +50,7 @@ def encode_4bit(weight: Tensor, scales: Tensor, codebook: Tensor, blocksize: int
         _sorted_codebook(codebook),
         scales.data_ptr(),
         codes.data_ptr(),
-        _threads(),
+        threads(),
     )
     return codes
 
@@ -67,7 +58,7 @@ def encode_4bit(weight: Tensor, scales: Tensor, codebook: Tensor, blocksize: int
 def dequantize_4bit(parts: WeightParts, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize_4bit`."""
     out = parts.codes.new_empty((parts.N, parts.K), dtype=dtype)
-    _native().dequantize(_weight(parts), DTYPES[dtype], out.data_ptr(), _threads())
+    native().dequantize(_weight(parts), DTYPES[dtype], out.data_ptr(), threads())
     return out
 
 
@@ -75,8 +66,8 @@ def linear_4bit(x: Tensor, parts: WeightParts, bias: Tensor | None) -> Tensor:
     """See `reference.linear_4bit`."""
     y = x.new_empty(x.shape[0], parts.N)
     bias_pointer = 0 if bias is None else bias.data_ptr()
-    _native().linear(
-        _weight(parts), DTYPES[x.dtype], x.data_ptr(), x.shape[0], bias_pointer, y.data_ptr(), _threads()
+    native().linear(
+        _weight(parts), DTYPES[x.dtype], x.data_ptr(), x.shape[0], bias_pointer, y.data_ptr(), threads()
     )
     return y
 
@@ -84,20 +75,10 @@ def linear_4bit(x: Tensor, parts: WeightParts, bias: Tensor | None) -> Tensor:
 def linear_4bit_grad(dy: Tensor, parts: WeightParts) -> Tensor:
     """See `reference.linear_4bit_grad`."""
     dx = dy.new_empty(dy.shape[0], parts.K)
-    _native().linear_grad(
-        _weight(parts), DTYPES[dy.dtype], dy.data_ptr(), dy.shape[0], dx.data_ptr(), _threads()
+    native().linear_grad(
+        _weight(parts), DTYPES[dy.dtype], dy.data_ptr(), dy.shape[0], dx.data_ptr(), threads()
     )
     return dx
-
-
-def _native() -> Any:
-    native = module()
-    assert native is not None, "backends chose cpu without its module"
-    return native
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 def _weight(parts: WeightParts) -> tuple[int, int, int, int, int, float, int, int, int]:

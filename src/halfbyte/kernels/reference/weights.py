@@ -1,6 +1,6 @@
-"""Every operation in plain PyTorch: the specification that all other backends are tested against.
+"""4-bit weights in plain PyTorch: encoding, decoding and products.
 
-It owns the meaning of the operations and is written to be read; it must not be clever, and knows no other backend.
+It owns the meaning of these operations and is written to be read; it must not be clever.
 
 Shapes: N out features, K in features, G blocks, M rows of activations. `parts` are a quantised weight's tensors
 in the order of `WeightParts`.
