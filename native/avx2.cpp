@@ -89,6 +89,14 @@ struct Table {
 
     explicit Table(const float* values) : low(_mm256_loadu_ps(values)), high(_mm256_loadu_ps(values + 8)) {}
 
+    // The values of a block: each product rounded to `type` here, once per block instead of once per weight.
+    Table scaled(float scale, Type type) const {
+        Table table = *this;
+        table.low = rounded8(_mm256_mul_ps(low, _mm256_set1_ps(scale)), type);
+        table.high = rounded8(_mm256_mul_ps(high, _mm256_set1_ps(scale)), type);
+        return table;
+    }
+
     __m256 at(__m256i index) const {
         const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 is the sign
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
@@ -171,23 +179,22 @@ void search_scales(const void* numbers, Type type, std::int64_t count, std::int6
     }
 }
 
-// Calls `vector(element, even, odd)` for 16 elements at a time (in order: even[0], odd[0], even[1], …) and
-// `single(element, value)` for the rest.
+// Calls `vector(element, even, odd)` for 16 elements at a time (in order: even[0], odd[0], even[1], …), with
+// their values rounded to `type`, and `single(element, value)` with unrounded values for the rest.
 template <class Vector, class Single>
-void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Vector&& vector,
+void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, Vector&& vector,
                  Single&& single) {
-    const Table table(weight.codebook);
+    const Table codebook(weight.codebook);
     plain::for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
         if (e % 2 != 0) {
             single(e, plain::value_at(weight, e, scale));
             ++e;
         }
-        const __m256 scales = _mm256_set1_ps(scale);
+        const Table table = codebook.scaled(scale, type);
         for (; e + 16 <= end; e += 16) {
             const __m256i bytes =
                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight.codes + e / 2)));
-            vector(e, _mm256_mul_ps(table.at(_mm256_srli_epi32(bytes, 4)), scales),
-                   _mm256_mul_ps(table.at(bytes), scales));
+            vector(e, table.at(_mm256_srli_epi32(bytes, 4)), table.at(bytes));
         }
         for (; e < end; ++e) single(e, plain::value_at(weight, e, scale));
     });
@@ -195,10 +202,9 @@ void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, V
 
 void decode_wide(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out) {
     decode_span(
-        weight, begin, count,
+        weight, begin, count, type,
         [&](std::int64_t e, __m256 even, __m256 odd) {
-            const __m256 low = _mm256_unpacklo_ps(rounded8(even, type), rounded8(odd, type));
-            const __m256 high = _mm256_unpackhi_ps(rounded8(even, type), rounded8(odd, type));
+            const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
             _mm256_storeu_ps(out + (e - begin), _mm256_permute2f128_ps(low, high, 0x20));
             _mm256_storeu_ps(out + (e - begin) + 8, _mm256_permute2f128_ps(low, high, 0x31));
         },
@@ -209,7 +215,7 @@ void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type t
     if (type == Type::f32) return decode_wide(weight, begin, count, type, static_cast<float*>(out));
     auto* words = static_cast<std::uint16_t*>(out);
     decode_span(
-        weight, begin, count,
+        weight, begin, count, type,
         [&](std::int64_t e, __m256 even, __m256 odd) {
             __m256i lanes;
             if (type == Type::f16) {
@@ -217,7 +223,8 @@ void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type t
                 const __m256i high = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(odd, _MM_FROUND_TO_NEAREST_INT));
                 lanes = _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
             } else {
-                lanes = _mm256_blend_epi16(_mm256_srli_epi32(round_at_16(even), 16), round_at_16(odd), 0xaa);
+                lanes = _mm256_blend_epi16(_mm256_srli_epi32(_mm256_castps_si256(even), 16),
+                                           _mm256_castps_si256(odd), 0xaa);
             }
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + (e - begin)), lanes);
         },
@@ -279,6 +286,12 @@ void dot(const float* w, const float* a, std::int64_t stride, int rows, std::int
     }
 }
 
+void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int64_t last,
+                   const void* prepared, int rows, float* sums) {
+    plain::multiply_rows(decode_wide, dot, weight, type, first, last, static_cast<const float*>(prepared),
+                         rows, sums);
+}
+
 }  // namespace
 
 const Kernels* avx2_kernels() {
@@ -291,7 +304,9 @@ const Kernels* avx2_kernels() {
         k.decode = decode;
         k.decode_wide = decode_wide;
         k.multiply = multiply;
-        k.dot = dot;
+        k.interleave = plain::interleave;
+        k.add = plain::add;
+        k.multiply_rows = multiply_rows;
         k.to_float = to_float;
         k.from_float = from_float;
         return k;

@@ -169,18 +169,22 @@ void search_scales(const void* numbers, Type type, std::int64_t count, std::int6
     }
 }
 
+// The values of a block: each product rounded to `type` here, once per block instead of once per weight.
+__m512 scaled_table(const Weight& weight, float scale, Type type) {
+    return rounded16(_mm512_mul_ps(_mm512_loadu_ps(weight.codebook), _mm512_set1_ps(scale)), type);
+}
+
 // 32 values (or as many pairs as `mask` has) from 16 bytes: even elements, odd elements.
 struct Values {
     __m512 even, odd;
 };
 
-Values values_of(const std::uint8_t* bytes, __mmask16 mask, __m512 table, __m512 scale) {
+Values values_of(const std::uint8_t* bytes, __mmask16 mask, __m512 table) {
     const __m512i byte = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
-    return {_mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), scale),
-            _mm512_mul_ps(_mm512_permutexvar_ps(byte, table), scale)};
+    return {_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), _mm512_permutexvar_ps(byte, table)};
 }
 
-// A pair of 16-bit numbers per lane, the even element in the low half.
+// A pair of 16-bit numbers per lane, the even element in the low half. The values are of `type` already.
 __m512i words_of(Values values, Type type) {
     if (type == Type::f16) {
         constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -188,8 +192,8 @@ __m512i words_of(Values values, Type type) {
         const __m512i odd = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(values.odd, mode));
         return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
     }
-    const __m512i even = _mm512_srli_epi32(round_at_16(values.even), 16);
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, even, round_at_16(values.odd));
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(values.even), 16),
+                                   _mm512_castps_si512(values.odd));
 }
 
 void store_floats(float* out, __mmask16 mask, Values values) {
@@ -202,22 +206,21 @@ void store_floats(float* out, __mmask16 mask, Values values) {
                           _mm512_permutex2var_ps(values.even, high, values.odd));
 }
 
-// Calls `vector(element, mask, values)` for up to 16 pairs at a time and `single(element, value)` for an
-// element that shares its byte with one outside.
+// Calls `vector(element, mask, values)` for up to 16 pairs at a time, with their values rounded to `type`,
+// and `single(element, value)` with the unrounded value of an element that shares its byte with one outside.
 template <class Vector, class Single>
-void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Vector&& vector,
+void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, Vector&& vector,
                  Single&& single) {
-    const __m512 table = _mm512_loadu_ps(weight.codebook);
     plain::for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
         if (e % 2 != 0) {
             single(e, plain::value_at(weight, e, scale));
             ++e;
         }
-        const __m512 scales = _mm512_set1_ps(scale);
+        const __m512 table = scaled_table(weight, scale, type);
         while (e + 1 < end) {
             const std::int64_t pairs = (end - e) / 2;
             const auto mask = static_cast<__mmask16>(pairs >= 16 ? 0xffff : (1 << pairs) - 1);
-            vector(e, mask, values_of(weight.codes + e / 2, mask, table, scales));
+            vector(e, mask, values_of(weight.codes + e / 2, mask, table));
             e += pairs >= 16 ? 32 : 2 * pairs;
         }
         if (e < end) single(e, plain::value_at(weight, e, scale));
@@ -226,23 +229,110 @@ void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, V
 
 void decode_wide(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out) {
     decode_span(
-        weight, begin, count,
-        [&](std::int64_t e, __mmask16 mask, Values values) {
-            store_floats(out + (e - begin), mask,
-                         {rounded16(values.even, type), rounded16(values.odd, type)});
-        },
+        weight, begin, count, type,
+        [&](std::int64_t e, __mmask16 mask, Values values) { store_floats(out + (e - begin), mask, values); },
         [&](std::int64_t e, float value) { out[e - begin] = plain::rounded(value, type); });
 }
+
+// Whether elements begin … begin+count-1 are whole runs of 64, none of which crosses a block.
+bool whole_runs(const Weight& weight, std::int64_t begin, std::int64_t count) {
+    return begin % 64 == 0 && count % 64 == 0 && weight.blocksize % 64 == 0;
+}
+
+// The 64 bf16 values of an aligned run, even and odd elements apart. The order of the 32 bytes is the
+// caller's.
+struct Words {
+    __m512i even, odd;
+};
+
+HALFBYTE_INLINE Words words_of_run(const Weight& weight, std::int64_t e, __m256i bytes) {
+    const __m512 table = scaled_table(weight, plain::scale_of(weight, e), Type::bf16);
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(table), 16));
+    const __m512i both = _mm512_broadcast_i64x4(half);  // so that bit 4 of an index does not matter
+    const __m512i index = _mm512_cvtepu8_epi16(bytes);
+    return {_mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), both),
+            _mm512_permutexvar_epi16(index, both)};
+}
+
+__m256i load32(const std::uint8_t* bytes) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+}
+
+// Asks for codes that are decoded soon. The processor finds no pattern by itself in steps of whole rows.
+void prefetch(const Weight& weight, std::int64_t e) {
+    _mm_prefetch(reinterpret_cast<const char*>(weight.codes + e / 2), _MM_HINT_T0);
+}
+
+constexpr std::int64_t kAhead = 256;  // weights along a row, what a product decodes of it at a time
+constexpr std::int64_t kRowsAhead = 16;
 
 void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, void* out) {
     if (type == Type::f32) return decode_wide(weight, begin, count, type, static_cast<float*>(out));
     auto* words = static_cast<std::uint16_t*>(out);
+    if (type == Type::bf16 && whole_runs(weight, begin, count)) {
+        // Unpacking works within 128 bits: groups of four bytes take turns, so that the result is in order.
+        const __m256i turns = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        for (std::int64_t e = begin; e < begin + count; e += 64) {
+            if (e % 128 == 0) prefetch(weight, e + kAhead);
+            const __m256i bytes = _mm256_permutevar8x32_epi32(load32(weight.codes + e / 2), turns);
+            const Words run = words_of_run(weight, e, bytes);
+            _mm512_storeu_si512(words + (e - begin), _mm512_unpacklo_epi16(run.even, run.odd));
+            _mm512_storeu_si512(words + (e - begin) + 32, _mm512_unpackhi_epi16(run.even, run.odd));
+        }
+        return;
+    }
     decode_span(
-        weight, begin, count,
+        weight, begin, count, type,
         [&](std::int64_t e, __mmask16 mask, Values values) {
             _mm512_mask_storeu_epi32(words + (e - begin), mask, words_of(values, type));
         },
         [&](std::int64_t e, float value) { plain::store(out, type, e - begin, value); });
+}
+
+void interleave(const std::uint16_t* low, const std::uint16_t* high, std::int64_t count,
+                std::uint32_t* lanes) {
+    std::int64_t j = 0;
+    for (; j + 16 <= count; j += 16) {
+        const auto* above = reinterpret_cast<const __m256i*>(high + j);
+        const __m256i words = high == nullptr ? _mm256_setzero_si256() : _mm256_loadu_si256(above);
+        const __m512i low_half =
+            _mm512_cvtepu16_epi32(load32(reinterpret_cast<const std::uint8_t*>(low + j)));
+        const __m512i high_half = _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+        _mm512_storeu_si512(lanes + j, _mm512_or_si512(low_half, high_half));
+    }
+    if (j < count) plain::interleave(low + j, high == nullptr ? high : high + j, count - j, lanes + j);
+}
+
+void decode_pairs(const Weight& weight, std::int64_t row, std::int64_t col, std::int64_t count,
+                  std::uint32_t* lanes) {
+    const std::int64_t begin = row * weight.cols + col, next = begin + weight.cols;
+    if (row + 1 == weight.rows || !whole_runs(weight, begin, count) || next % 64 != 0)
+        return plain::decode_pairs(weight, row, col, count, lanes);
+    // Two levels of unpacking within 128 bits: the 4 x 4 pairs of bytes are transposed beforehand.
+    const __m256i turns = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (std::int64_t j = 0; j < count; j += 64) {
+        prefetch(weight, begin + j + kRowsAhead * weight.cols);
+        prefetch(weight, next + j + kRowsAhead * weight.cols);
+        const Words low = words_of_run(
+            weight, begin + j, _mm256_permutexvar_epi16(turns, load32(weight.codes + (begin + j) / 2)));
+        const Words high = words_of_run(
+            weight, next + j, _mm256_permutexvar_epi16(turns, load32(weight.codes + (next + j) / 2)));
+        const __m512i low0 = _mm512_unpacklo_epi16(low.even, low.odd),
+                      low1 = _mm512_unpackhi_epi16(low.even, low.odd),
+                      high0 = _mm512_unpacklo_epi16(high.even, high.odd),
+                      high1 = _mm512_unpackhi_epi16(high.even, high.odd);
+        _mm512_storeu_si512(lanes + j, _mm512_unpacklo_epi16(low0, high0));
+        _mm512_storeu_si512(lanes + j + 16, _mm512_unpackhi_epi16(low0, high0));
+        _mm512_storeu_si512(lanes + j + 32, _mm512_unpacklo_epi16(low1, high1));
+        _mm512_storeu_si512(lanes + j + 48, _mm512_unpackhi_epi16(low1, high1));
+    }
+}
+
+void add(const void* numbers, Type type, std::int64_t count, float* sums) {
+    std::int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), load16(numbers, type, i)));
+    for (; i < count; ++i) sums[i] += plain::load(numbers, type, i);
 }
 
 // 16 rows of 16 lanes to 16 columns.
@@ -302,6 +392,16 @@ void dot(const float* w, const float* a, std::int64_t stride, int rows, std::int
     }
 }
 
+void prepare_rows(const void* numbers, Type type, int rows, std::int64_t cols, void* prepared) {
+    to_float(numbers, type, rows * cols, static_cast<float*>(prepared));
+}
+
+void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int64_t last,
+                   const void* prepared, int rows, float* sums) {
+    plain::multiply_rows(decode_wide, dot, weight, type, first, last, static_cast<const float*>(prepared),
+                         rows, sums);
+}
+
 constexpr Kernels kAvx512 = {
     .name = "avx512",
     .block_scales = block_scales,
@@ -309,11 +409,14 @@ constexpr Kernels kAvx512 = {
     .encode = encode,
     .decode = decode,
     .decode_wide = decode_wide,
+    .decode_pairs = decode_pairs,
+    .interleave = interleave,
     .transpose = transpose,
     .multiply = multiply_tiles<Floats>,
     .multiply_pairs = nullptr,
-    .dot = dot,
-    .dot_bf16 = nullptr,
+    .prepare_rows = prepare_rows,
+    .multiply_rows = multiply_rows,
+    .add = add,
     .to_float = to_float,
     .from_float = from_float,
 };

@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "dispatch.hpp"
-#include "linear.hpp"
 #include "parallel.hpp"
+#include "product.hpp"
 
 namespace nb = nanobind;
 
@@ -27,6 +27,13 @@ namespace {
 using Pointer = std::uintptr_t;
 using WeightTuple =
     std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, float, std::int64_t, std::int64_t, std::int64_t>;
+// A term of a product: activations and their stride; the weight in 4 bits, or a dense one and its stride
+// (then the tuple before is not read); rows and columns of the weight.
+using TermTuple =
+    std::tuple<Pointer, std::int64_t, WeightTuple, Pointer, std::int64_t, std::int64_t, std::int64_t>;
+// A product: its terms, bias, residual, result, stride and type of the result, M.
+using ProductTuple =
+    std::tuple<std::vector<TermTuple>, Pointer, Pointer, Pointer, std::int64_t, int, std::int64_t>;
 using CodebookTuple = std::tuple<std::array<float, 15>, std::array<int, 16>, std::array<float, 16>>;
 using SearchTuple = std::tuple<float, float, int, int>;
 
@@ -52,6 +59,29 @@ Weight weight_of(const WeightTuple& t) {
             .blocksize = std::get<6>(t),
             .rows = std::get<7>(t),
             .cols = std::get<8>(t)};
+}
+
+// The terms of a product with the weights they point to, which stay where they are.
+struct Terms {
+    std::vector<Weight> weights;
+    std::vector<Term> terms;
+
+    explicit Terms(const std::vector<TermTuple>& tuples) {
+        weights.reserve(tuples.size());
+        for (const auto& [a, stride, weight, dense, dense_stride, rows, cols] : tuples) {
+            weights.push_back(weight_of(weight));
+            const Weight* quantised = dense == 0 ? &weights.back() : nullptr;
+            terms.push_back(
+                {at<const void>(a), stride, {quantised, at<const void>(dense), rows, cols, dense_stride}});
+        }
+    }
+    int count() const { return static_cast<int>(terms.size()); }
+};
+
+std::vector<Terms> terms_of(const std::vector<ProductTuple>& tuples) {
+    std::vector<Terms> all;
+    for (const ProductTuple& tuple : tuples) all.emplace_back(std::get<0>(tuple));
+    return all;
 }
 
 Codebook codebook_of(const CodebookTuple& t) {
@@ -137,18 +167,37 @@ NB_MODULE(_native, m) {
         },
         release);
     m.def(
-        "linear",
-        [](const WeightTuple& weight, int type, Pointer x, std::int64_t M, Pointer bias, Pointer y,
-           int threads) {
-            linear(kernels(), weight_of(weight), Type(type), at<const void>(x), M, at<const void>(bias),
-                   at<void>(y), threads);
+        "forward",
+        [](const std::vector<ProductTuple>& tuples, int type, int threads) {
+            const std::vector<Terms> terms = terms_of(tuples);
+            std::vector<Forward> products;
+            std::int64_t M = 0;
+            for (std::size_t i = 0; i < tuples.size(); ++i) {
+                const auto& [_, bias, residual, out, stride, out_type, rows] = tuples[i];
+                products.push_back({terms[i].terms.data(),
+                                    terms[i].count(),
+                                    at<const void>(bias),
+                                    at<const void>(residual),
+                                    {at<void>(out), stride, Type(out_type)}});
+                M = rows;
+            }
+            forward(kernels(), Type(type), M, products.data(), static_cast<int>(products.size()), threads);
         },
         release);
     m.def(
-        "linear_grad",
-        [](const WeightTuple& weight, int type, Pointer dy, std::int64_t M, Pointer dx, int threads) {
-            linear_grad(kernels(), weight_of(weight), Type(type), at<const void>(dy), M, at<void>(dx),
-                        threads);
+        "backward",
+        [](const std::vector<ProductTuple>& tuples, int type, int threads) {
+            const std::vector<Terms> terms = terms_of(tuples);
+            std::vector<Backward> products;
+            for (std::size_t i = 0; i < tuples.size(); ++i) {
+                const auto& [_, bias, residual, out, stride, out_type, rows] = tuples[i];
+                products.push_back({rows,
+                                    terms[i].terms.data(),
+                                    terms[i].count(),
+                                    at<const void>(residual),
+                                    {at<void>(out), stride, Type(out_type)}});
+            }
+            backward(kernels(), Type(type), products.data(), static_cast<int>(products.size()), threads);
         },
         release);
 }

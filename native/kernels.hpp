@@ -10,6 +10,7 @@
 // other along the summed dimension (the first in the low half). A panel is a (depth, kPanel) matrix of lanes.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 namespace halfbyte {
@@ -18,7 +19,7 @@ enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int kPanel = 64;         // columns of a panel: 4 vectors of 16 lanes at AVX-512
 constexpr int kNestedBlock = 256;  // scales per nested scale
-constexpr int kMaxDotRows = 8;     // most rows of activations that `dot` takes at once
+constexpr int kFewRows = 8;        // most rows of activations that `multiply_rows` takes at once
 
 // A quantised (rows, cols) matrix. Element e = row * cols + col: its code is the high nibble of codes[e / 2]
 // for even e, the low one for odd e; its value is codebook[code] * scale[e / blocksize]. `scales` holds uint8
@@ -31,8 +32,9 @@ struct Weight {
     const float* nested_scales;    // or null
     const float* nested_codebook;  // 256, or null
     float offset;
-    std::int64_t blocksize;  // a multiple of 64
+    std::int64_t blocksize;  // a power of two, at least 64
     std::int64_t rows, cols;
+    int shift = std::countr_zero(static_cast<std::uint64_t>(blocksize));  // element >> shift is its block
 };
 
 // A codebook for encoding: entry r in ascending order of value is values[r] with code order[r]; a number
@@ -74,6 +76,15 @@ struct Kernels {
     // The same values, rounded to `type`, written as floats.
     void (*decode_wide)(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out);
 
+    // The values of `count` columns from `col` on in rows `row` and `row + 1` as pairs of bf16: lanes[j] is
+    // column col + j, row `row` in the low half. Zeros stand for a row below the last.
+    void (*decode_pairs)(const Weight& weight, std::int64_t row, std::int64_t col, std::int64_t count,
+                         std::uint32_t* lanes);
+
+    // lanes[j] = low[j] | high[j] << 16 for j < count; a null `high` stands for zeros.
+    void (*interleave)(const std::uint16_t* low, const std::uint16_t* high, std::int64_t count,
+                       std::uint32_t* lanes);
+
     // panel[d * kPanel + j] = rows[j * stride + d] for d < depth, j < columns; the columns above get zeros.
     void (*transpose)(const std::uint32_t* rows, std::int64_t stride, std::int64_t columns,
                       std::int64_t depth, std::uint32_t* panel);
@@ -89,13 +100,16 @@ struct Kernels {
                            const std::uint32_t* panel, std::int64_t columns, std::int64_t depth, bool add,
                            float* sums);
 
-    // sums[i] += sum over k < count of a[i * stride + k] * w[k], i < rows <= kMaxDotRows. Numbers are floats.
-    void (*dot)(const float* w, const float* a, std::int64_t stride, int rows, std::int64_t count,
-                float* sums);
+    // `rows` rows of `cols` activations in the form that `multiply_rows` reads: rows * cols floats or less.
+    void (*prepare_rows)(const void* numbers, Type type, int rows, std::int64_t cols, void* prepared);
 
-    // The same with bf16 numbers, or null where the instruction set has no such product.
-    void (*dot_bf16)(const std::uint16_t* w, const std::uint16_t* a, std::int64_t stride, int rows,
-                     std::int64_t count, float* sums);
+    // sums[(n - first) * rows + i] = row n of the weight times row i of the prepared activations, n from
+    // `first` to last - 1, i < rows <= kFewRows. The weight's values are rounded to `type` first.
+    void (*multiply_rows)(const Weight& weight, Type type, std::int64_t first, std::int64_t last,
+                          const void* prepared, int rows, float* sums);
+
+    // sums[i] += numbers[i].
+    void (*add)(const void* numbers, Type type, std::int64_t count, float* sums);
 
     // Plain conversions of `count` numbers; to_type rounds to nearest even.
     void (*to_float)(const void* numbers, Type type, std::int64_t count, float* out);

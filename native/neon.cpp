@@ -14,31 +14,6 @@ float32x4_t look_up(uint8x16x4_t table, uint32x4_t index) {
     return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(bytes)));
 }
 
-// Calls `vector(element, even, odd)` for 8 elements at a time (in order: even[0], odd[0], even[1], …) and
-// `single(element, value)` for the rest.
-template <class Vector, class Single>
-void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Vector&& vector,
-                 Single&& single) {
-    std::uint8_t bytes[64];
-    std::memcpy(bytes, weight.codebook, sizeof bytes);
-    const uint8x16x4_t table = vld1q_u8_x4(bytes);
-    plain::for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
-        if (e % 2 != 0) {
-            single(e, plain::value_at(weight, e, scale));
-            ++e;
-        }
-        for (; e + 8 <= end; e += 8) {
-            std::uint32_t packed;
-            std::memcpy(&packed, weight.codes + e / 2, sizeof packed);
-            const uint32x4_t pairs =
-                vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(static_cast<std::uint64_t>(packed)))));
-            vector(e, vmulq_n_f32(look_up(table, vshrq_n_u32(pairs, 4)), scale),
-                   vmulq_n_f32(look_up(table, vandq_u32(pairs, vdupq_n_u32(15))), scale));
-        }
-        for (; e < end; ++e) single(e, plain::value_at(weight, e, scale));
-    });
-}
-
 // Rounds to nearest even at bit 16, leaving the low half undefined. NaN is not kept: scales are finite.
 uint32x4_t round_at_16(float32x4_t numbers) {
     const uint32x4_t bits = vreinterpretq_u32_f32(numbers);
@@ -52,11 +27,42 @@ float32x4_t rounded4(float32x4_t numbers, Type type) {
     return vreinterpretq_f32_u32(vandq_u32(round_at_16(numbers), vdupq_n_u32(0xffff0000u)));
 }
 
+// The 16 values of a block, each product rounded to `type` here, once per block instead of once per weight.
+uint8x16x4_t scaled_table(const float* codebook, float scale, Type type) {
+    uint8x16x4_t table;
+    for (int i = 0; i < 4; ++i)
+        table.val[i] = vreinterpretq_u8_f32(rounded4(vmulq_n_f32(vld1q_f32(codebook + 4 * i), scale), type));
+    return table;
+}
+
+// Calls `vector(element, even, odd)` for 8 elements at a time (in order: even[0], odd[0], even[1], …), with
+// their values rounded to `type`, and `single(element, value)` with unrounded values for the rest.
+template <class Vector, class Single>
+void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, Vector&& vector,
+                 Single&& single) {
+    plain::for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
+        if (e % 2 != 0) {
+            single(e, plain::value_at(weight, e, scale));
+            ++e;
+        }
+        const uint8x16x4_t table = scaled_table(weight.codebook, scale, type);
+        for (; e + 8 <= end; e += 8) {
+            std::uint32_t packed;
+            std::memcpy(&packed, weight.codes + e / 2, sizeof packed);
+            const uint32x4_t pairs =
+                vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(static_cast<std::uint64_t>(packed)))));
+            vector(e, look_up(table, vshrq_n_u32(pairs, 4)),
+                   look_up(table, vandq_u32(pairs, vdupq_n_u32(15))));
+        }
+        for (; e < end; ++e) single(e, plain::value_at(weight, e, scale));
+    });
+}
+
 void decode_wide(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out) {
     decode_span(
-        weight, begin, count,
+        weight, begin, count, type,
         [&](std::int64_t e, float32x4_t even, float32x4_t odd) {
-            vst2q_f32(out + (e - begin), (float32x4x2_t{{rounded4(even, type), rounded4(odd, type)}}));
+            vst2q_f32(out + (e - begin), (float32x4x2_t{{even, odd}}));
         },
         [&](std::int64_t e, float value) { out[e - begin] = plain::rounded(value, type); });
 }
@@ -65,15 +71,14 @@ void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type t
     if (type == Type::f32) return decode_wide(weight, begin, count, type, static_cast<float*>(out));
     auto* words = static_cast<std::uint16_t*>(out);
     decode_span(
-        weight, begin, count,
+        weight, begin, count, type,
         [&](std::int64_t e, float32x4_t even, float32x4_t odd) {
             if (type == Type::f16)
                 vst2_u16(words + (e - begin), (uint16x4x2_t{{vreinterpret_u16_f16(vcvt_f16_f32(even)),
                                                              vreinterpret_u16_f16(vcvt_f16_f32(odd))}}));
             else
-                vst2_u16(
-                    words + (e - begin),
-                    (uint16x4x2_t{{vshrn_n_u32(round_at_16(even), 16), vshrn_n_u32(round_at_16(odd), 16)}}));
+                vst2_u16(words + (e - begin), (uint16x4x2_t{{vshrn_n_u32(vreinterpretq_u32_f32(even), 16),
+                                                             vshrn_n_u32(vreinterpretq_u32_f32(odd), 16)}}));
         },
         [&](std::int64_t e, float value) { plain::store(out, type, e - begin, value); });
 }
@@ -122,6 +127,12 @@ void dot(const float* w, const float* a, std::int64_t stride, int rows, std::int
     }
 }
 
+void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int64_t last,
+                   const void* prepared, int rows, float* sums) {
+    plain::multiply_rows(decode_wide, dot, weight, type, first, last, static_cast<const float*>(prepared),
+                         rows, sums);
+}
+
 }  // namespace
 
 const Kernels* neon_kernels() {
@@ -131,7 +142,10 @@ const Kernels* neon_kernels() {
         k.decode = decode;
         k.decode_wide = decode_wide;
         k.multiply = multiply;
-        k.dot = dot;
+        k.decode_pairs = plain::decode_pairs;
+        k.interleave = plain::interleave;
+        k.add = plain::add;
+        k.multiply_rows = multiply_rows;
         return k;
     }();
     return &kernels;

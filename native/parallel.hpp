@@ -1,6 +1,7 @@
 // Threads: the ones torch already has where it runs on OpenMP, so that two pools never fight for the cores.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace halfbyte {
@@ -24,6 +25,17 @@ void parallel(std::int64_t count, int threads, Function& work) {
             (*static_cast<Function*>(context))(part, begin, end);
         },
         &work);
+}
+
+// Calls work(slot, task) for every task below `count`; a thread that has done one takes the next. No two
+// calls with the same slot (below `threads`) run at the same time.
+template <class Function>
+void parallel_tasks(std::int64_t count, int threads, Function& work) {
+    std::atomic<std::int64_t> next{0};
+    auto take = [&](std::int64_t slot, std::int64_t, std::int64_t) {
+        for (std::int64_t task = next++; task < count; task = next++) work(slot, task);
+    };
+    parallel(parts_of(count, threads), threads, take);
 }
 
 // Which threads run: "openmp" or "std::thread".

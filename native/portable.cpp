@@ -42,6 +42,16 @@ void dot(const float* w, const float* a, std::int64_t stride, int rows, std::int
     }
 }
 
+void prepare_rows(const void* numbers, Type type, int rows, std::int64_t cols, void* prepared) {
+    plain::to_float(numbers, type, rows * cols, static_cast<float*>(prepared));
+}
+
+void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int64_t last,
+                   const void* prepared, int rows, float* sums) {
+    plain::multiply_rows(plain::decode_wide, dot, weight, type, first, last,
+                         static_cast<const float*>(prepared), rows, sums);
+}
+
 constexpr Kernels kPortable = {
     .name = "portable",
     .block_scales = plain::block_scales,
@@ -49,11 +59,14 @@ constexpr Kernels kPortable = {
     .encode = plain::encode,
     .decode = plain::decode,
     .decode_wide = plain::decode_wide,
+    .decode_pairs = plain::decode_pairs,
+    .interleave = plain::interleave,
     .transpose = transpose,
     .multiply = multiply,
     .multiply_pairs = nullptr,
-    .dot = dot,
-    .dot_bf16 = nullptr,
+    .prepare_rows = prepare_rows,
+    .multiply_rows = multiply_rows,
+    .add = plain::add,
     .to_float = plain::to_float,
     .from_float = plain::from_float,
 };

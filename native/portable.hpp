@@ -8,6 +8,12 @@
 
 #include "kernels.hpp"
 
+#if defined(_MSC_VER)
+#define HALFBYTE_INLINE __forceinline
+#else
+#define HALFBYTE_INLINE __attribute__((always_inline)) inline
+#endif
+
 namespace halfbyte {
 namespace {
 namespace plain {
@@ -22,7 +28,7 @@ inline To bits_as(From from) {
 }
 
 [[maybe_unused]] inline float scale_of(const Weight& weight, std::int64_t element) {
-    const std::int64_t g = element / weight.blocksize;
+    const std::int64_t g = element >> weight.shift;
     if (weight.nested_scales == nullptr) return static_cast<const float*>(weight.scales)[g];
     const std::uint8_t code = static_cast<const std::uint8_t*>(weight.scales)[g];
     const float product = weight.nested_codebook[code] * weight.nested_scales[g / kNestedBlock];
@@ -221,7 +227,7 @@ inline float search_block(float largest, const Search& search, FitAt&& fit_at_sc
 template <class Piece>
 inline void for_each_block(const Weight& weight, std::int64_t begin, std::int64_t count, Piece&& piece) {
     for (std::int64_t e = begin; e < begin + count;) {
-        const std::int64_t block_end = (e / weight.blocksize + 1) * weight.blocksize;
+        const std::int64_t block_end = ((e >> weight.shift) + 1) << weight.shift;
         const std::int64_t end = block_end < begin + count ? block_end : begin + count;
         piece(e, end, scale_of(weight, e));
         e = end;
@@ -240,6 +246,51 @@ inline void for_each_block(const Weight& weight, std::int64_t begin, std::int64_
     for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
         for (; e < end; ++e) out[e - begin] = rounded(value_at(weight, e, scale), type);
     });
+}
+
+[[maybe_unused]] inline void decode_pairs(const Weight& weight, std::int64_t row, std::int64_t col,
+                                          std::int64_t count, std::uint32_t* lanes) {
+    const std::int64_t begin = row * weight.cols + col;
+    for_each_block(weight, begin, count, [&](std::int64_t e, std::int64_t end, float scale) {
+        for (; e < end; ++e) lanes[e - begin] = bf16_from_float(value_at(weight, e, scale));
+    });
+    if (row + 1 == weight.rows) return;
+    const std::int64_t next = begin + weight.cols;
+    for_each_block(weight, next, count, [&](std::int64_t e, std::int64_t end, float scale) {
+        for (; e < end; ++e)
+            lanes[e - next] |= static_cast<std::uint32_t>(bf16_from_float(value_at(weight, e, scale))) << 16;
+    });
+}
+
+[[maybe_unused]] inline void interleave(const std::uint16_t* low, const std::uint16_t* high,
+                                        std::int64_t count, std::uint32_t* lanes) {
+    for (std::int64_t j = 0; j < count; ++j)
+        lanes[j] = low[j] | (high == nullptr ? 0u : static_cast<std::uint32_t>(high[j]) << 16);
+}
+
+[[maybe_unused]] inline void add(const void* numbers, Type type, std::int64_t count, float* sums) {
+    for (std::int64_t i = 0; i < count; ++i) sums[i] += load(numbers, type, i);
+}
+
+// `multiply_rows` by way of floats, for the conversions and products of an instruction set.
+using Wide = void (*)(const Weight&, std::int64_t begin, std::int64_t count, Type, float* out);
+using Dot = void (*)(const float* w, const float* a, std::int64_t stride, int rows, std::int64_t count,
+                     float* sums);
+
+[[maybe_unused]] inline void multiply_rows(Wide wide, Dot dot, const Weight& weight, Type type,
+                                           std::int64_t first, std::int64_t last, const float* a, int rows,
+                                           float* sums) {
+    constexpr std::int64_t kChunk = 1024;
+    float weights[kChunk];
+    for (std::int64_t n = first; n < last; ++n) {
+        float* sum = sums + (n - first) * rows;
+        for (int i = 0; i < rows; ++i) sum[i] = 0;
+        for (std::int64_t k = 0; k < weight.cols; k += kChunk) {
+            const std::int64_t count = weight.cols - k < kChunk ? weight.cols - k : kChunk;
+            wide(weight, n * weight.cols + k, count, type, weights);
+            dot(weights, a + k, weight.cols, rows, count, sum);
+        }
+    }
 }
 
 }  // namespace plain

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "../../native/dispatch.hpp"
-#include "../../native/linear.hpp"
 #include "../../native/parallel.hpp"
+#include "../../native/product.hpp"
 
 using namespace halfbyte;
 
@@ -90,6 +90,21 @@ Quantised quantise(const Kernels& kernels, Buffer& numbers, Type type, std::int6
     return q;
 }
 
+// x · Wᵀ + bias, and dy · W.
+void linear(const Kernels& kernels, const Weight& weight, Type type, const void* x, std::int64_t M,
+            const void* bias, void* y, int threads) {
+    const Term term{x, weight.cols, {&weight, nullptr, weight.rows, weight.cols, 0}};
+    const Forward product{&term, 1, bias, nullptr, {y, weight.rows, type}};
+    forward(kernels, type, M, &product, 1, threads);
+}
+
+void linear_grad(const Kernels& kernels, const Weight& weight, Type type, const void* dy, std::int64_t M,
+                 void* dx, int threads) {
+    const Term term{dy, weight.rows, {&weight, nullptr, weight.rows, weight.cols, 0}};
+    const Backward product{M, &term, 1, nullptr, {dx, weight.cols, type}};
+    backward(kernels, type, &product, 1, threads);
+}
+
 void grid(const Kernels& kernels, std::int64_t rows, std::int64_t cols, Type type) {
     const Kernels& plain = *portable_kernels();
     const int t = static_cast<int>(type);
@@ -111,7 +126,7 @@ void grid(const Kernels& kernels, std::int64_t rows, std::int64_t cols, Type typ
     check(dense.bytes == dense_expected.bytes, "decode", kernels.name, rows, cols, t, 0);
 
     const double tolerance = type == Type::f32 ? 1e-4 : 0.2;
-    for (const std::int64_t M : {1, 2, 8, 9, 23}) {
+    for (const std::int64_t M : {1, 2, 5, 8, 9, 23, 70}) {
         Buffer x = random_numbers(M * cols, type, 2), dy = random_numbers(M * rows, type, 3);
         Buffer bias = random_numbers(rows, type, 4);
         Buffer y(M * rows, type), y_expected(M * rows, type), dx(M * cols, type), dx_expected(M * cols, type);

@@ -25,7 +25,9 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 def compile_objects(folder: Path, *flags: str) -> dict[str, Path]:
     assert COMPILER, "a C++ compiler is needed, as for the installation"
     define = "-DHALFBYTE_X86" if X86 else "-DHALFBYTE_ARM64"
-    sources = {name: [] for name in ("portable", "dispatch", "linear", "parallel")} | INSTRUCTION_SETS
+    sources = {
+        name: [] for name in ("portable", "dispatch", "forward", "backward", "parallel")
+    } | INSTRUCTION_SETS
     running, objects = [], {}
     for name, own in sources.items():
         objects[name] = folder / f"{name}.o"
@@ -80,7 +82,9 @@ def test_no_symbol_of_an_instruction_set_can_replace_another_file_s(tmp_path, op
     reason="needs the AArch64 cross compiler and emulator (Debian: g++-aarch64-linux-gnu qemu-user-static)",
 )
 def test_neon_kernels_agree_under_emulation(tmp_path):
-    sources = [NATIVE / f"{name}.cpp" for name in ("portable", "dispatch", "linear", "parallel", "neon")]
+    sources = [
+        NATIVE / f"{name}.cpp" for name in ("portable", "dispatch", "forward", "backward", "parallel", "neon")
+    ]
     grid = Path(__file__).with_name("kernel_grid.cpp")
     command = [
         "aarch64-linux-gnu-g++",

@@ -28,8 +28,8 @@ OPERATIONS = (
     "search_scales",
     "encode_4bit",
     "dequantize_4bit",
-    "linear_4bit",
-    "linear_4bit_grad",
+    "linear",
+    "linear_grad",
 )
 
 
@@ -51,7 +51,7 @@ def describe() -> list[Choice]:
                 choices.append(Choice(operation, name, "reference", notice() or ""))
             else:
                 isa = native.active()
-                multiply = operation.startswith("linear_4bit") and dtype is torch.bfloat16
+                multiply = operation.startswith("linear") and dtype is torch.bfloat16
                 bf16 = "vdpbf16ps products" if multiply and isa == "avx512_bf16" else "float32 arithmetic"
                 choices.append(Choice(operation, name, f"native/{isa}", bf16))
     return choices

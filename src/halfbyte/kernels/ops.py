@@ -17,6 +17,7 @@ from torch import Tensor
 from halfbyte.errors import KernelError
 from halfbyte.kernels.backends import implementation
 from halfbyte.kernels.library import define
+from halfbyte.kernels.terms import Product, Term
 from halfbyte.quant.codebook import codebook
 from halfbyte.quant.weight import QuantSpec, StoredScales, Weight4bit, WeightParts, decode_scales, nest_scales
 
@@ -158,12 +159,14 @@ def _dequantize_4bit(*weight_and_dtype: Any) -> Tensor:
 
 
 def _linear_4bit(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
-    y: Tensor = implementation("linear_4bit", x.dtype)(x.contiguous(), WeightParts(*weight), bias)
+    product = Product((Term(x.contiguous(), WeightParts(*weight)),), bias)
+    y: Tensor = implementation("linear", x.dtype)([product], x.dtype)[0]
     return y
 
 
 def _linear_4bit_grad(dy: Tensor, *weight: Any) -> Tensor:
-    dx: Tensor = implementation("linear_4bit_grad", dy.dtype)(dy.contiguous(), WeightParts(*weight))
+    product = Product((Term(dy.contiguous(), WeightParts(*weight)),))
+    dx: Tensor = implementation("linear_grad", dy.dtype)([product], dy.dtype)[0]
     return dx
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 
 from halfbyte.kernels.cpu.calls import DTYPES
+from halfbyte.kernels.cpu.linear import linear, linear_grad
 from halfbyte.kernels.cpu.weights import (
     block_scales,
     dequantize_4bit,
     encode_4bit,
-    linear_4bit,
-    linear_4bit_grad,
     search_scales,
 )
 from halfbyte.kernels.native import module
@@ -22,8 +21,8 @@ __all__ = [
     "block_scales",
     "dequantize_4bit",
     "encode_4bit",
-    "linear_4bit",
-    "linear_4bit_grad",
+    "linear",
+    "linear_grad",
     "search_scales",
     "supports",
 ]

@@ -3,12 +3,11 @@
 It owns the meaning of the operations; it must not know another backend.
 """
 
+from halfbyte.kernels.reference.linear import linear, linear_grad
 from halfbyte.kernels.reference.weights import (
     block_scales,
     dequantize_4bit,
     encode_4bit,
-    linear_4bit,
-    linear_4bit_grad,
     search_scales,
 )
 
@@ -16,7 +15,7 @@ __all__ = [
     "block_scales",
     "dequantize_4bit",
     "encode_4bit",
-    "linear_4bit",
-    "linear_4bit_grad",
+    "linear",
+    "linear_grad",
     "search_scales",
 ]

@@ -1,4 +1,4 @@
-"""4-bit weights in plain PyTorch: encoding, decoding and products.
+"""4-bit weights in plain PyTorch: encoding and decoding.
 
 It owns the meaning of these operations and is written to be read; it must not be clever.
 
@@ -107,36 +107,6 @@ def dequantize_4bit(parts: WeightParts, dtype: torch.dtype) -> Tensor:
     nibbles = torch.stack([parts.codes >> 4, parts.codes & 15], dim=1).reshape(-1)[: parts.N * parts.K]
     scale = decode_scales(parts).repeat_interleave(parts.blocksize)[: parts.N * parts.K]
     return (parts.codebook[nibbles.long()] * scale).to(dtype).reshape(parts.N, parts.K)
-
-
-def linear_4bit(x: Tensor, parts: WeightParts, bias: Tensor | None) -> Tensor:
-    """`x · Wᵀ + bias` with the weight rounded to x's dtype, summed in float32 (float64 for float64), rounded once.
-
-    Args:
-        x: (M, K).
-        parts: The weight.
-        bias: (N,) in x's dtype, or None.
-
-    Returns:
-        (M, N) in x's dtype.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = dequantize_4bit(parts, x.dtype).to(wide)
-    return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
-
-
-def linear_4bit_grad(dy: Tensor, parts: WeightParts) -> Tensor:
-    """`dy · W`, the gradient of `linear_4bit` for its input; rounding as there.
-
-    Args:
-        dy: (M, N).
-        parts: The weight.
-
-    Returns:
-        (M, K) in dy's dtype.
-    """
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    return (dy.to(wide) @ dequantize_4bit(parts, dy.dtype).to(wide)).to(dy.dtype)
 
 
 def _blocks(weight: Tensor, blocksize: int) -> Tensor:
