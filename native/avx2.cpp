@@ -292,6 +292,24 @@ void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int
                          rows, sums);
 }
 
+std::int64_t arithmetic(std::int64_t rounds, bool, float* out) {
+    constexpr int kSums = 12;
+    volatile float unknown[kSums + 2] = {};  // as in avx512_tile.hpp
+    __m256 c[kSums];
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) c[i] = _mm256_set1_ps(unknown[i]);
+    const __m256 a = _mm256_set1_ps(unknown[kSums]), b = _mm256_set1_ps(unknown[kSums + 1]);
+    for (std::int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kSums; ++i) c[i] = _mm256_fmadd_ps(a, b, c[i]);
+    }
+    __m256 sum = c[0];
+#pragma GCC unroll 12
+    for (int i = 1; i < kSums; ++i) sum = _mm256_add_ps(sum, c[i]);
+    *out = sum_of(sum);
+    return rounds * kSums * 8 * 2;
+}
+
 }  // namespace
 
 const Kernels* avx2_kernels() {
@@ -307,6 +325,7 @@ const Kernels* avx2_kernels() {
         k.interleave = plain::interleave;
         k.add = plain::add;
         k.multiply_rows = multiply_rows;
+        k.arithmetic = arithmetic;
         k.to_float = to_float;
         k.from_float = from_float;
         return k;

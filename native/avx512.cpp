@@ -402,6 +402,8 @@ void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int
                          rows, sums);
 }
 
+std::int64_t arithmetic(std::int64_t rounds, bool, float* out) { return burn<Floats>(rounds, 1, out); }
+
 constexpr Kernels kAvx512 = {
     .name = "avx512",
     .block_scales = block_scales,
@@ -417,6 +419,7 @@ constexpr Kernels kAvx512 = {
     .prepare_rows = prepare_rows,
     .multiply_rows = multiply_rows,
     .add = add,
+    .arithmetic = arithmetic,
     .to_float = to_float,
     .from_float = from_float,
 };

@@ -112,6 +112,10 @@ void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int
     }
 }
 
+std::int64_t arithmetic(std::int64_t rounds, bool pairs, float* out) {
+    return pairs ? burn<Pairs>(rounds, 2, out) : avx512_kernels()->arithmetic(rounds, pairs, out);
+}
+
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
@@ -121,6 +125,7 @@ const Kernels* avx512_bf16_kernels() {
         k.multiply_pairs = multiply_tiles<Pairs>;
         k.prepare_rows = prepare_rows;
         k.multiply_rows = multiply_rows;
+        k.arithmetic = arithmetic;
         return k;
     }();
     return &kernels;

@@ -63,5 +63,27 @@ void multiply_tiles(const std::uint32_t* a, std::int64_t stride, std::int64_t ro
     }
 }
 
+// See `arithmetic`; a lane is `width` products wide.
+template <class Lanes>
+std::int64_t burn(std::int64_t rounds, std::int64_t width, float* out) {
+    constexpr int kSums = 24;
+    // Read from memory that the compiler cannot know: else it might do equal sums once, or leave rounds out.
+    volatile float unknown[kSums + 2] = {};
+    __m512 c[kSums];
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; ++i) c[i] = _mm512_set1_ps(unknown[i]);
+    const __m512i a = _mm512_castps_si512(_mm512_set1_ps(unknown[kSums]));
+    const __m512i b = _mm512_castps_si512(_mm512_set1_ps(unknown[kSums + 1]));
+    for (std::int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+        for (int i = 0; i < kSums; ++i) c[i] = Lanes::fma(c[i], a, b);
+    }
+    __m512 sum = c[0];
+#pragma GCC unroll 24
+    for (int i = 1; i < kSums; ++i) sum = _mm512_add_ps(sum, c[i]);
+    *out = _mm512_reduce_add_ps(sum);
+    return rounds * kSums * 16 * width * 2;
+}
+
 }  // namespace
 }  // namespace halfbyte

@@ -127,6 +127,31 @@ NB_MODULE(_native, m) {
     });
 
     m.def(
+        "arithmetic",
+        [](std::int64_t rounds, bool pairs, int threads) {
+            std::atomic<std::int64_t> operations{0};
+            auto work = [&](std::int64_t, std::int64_t, std::int64_t) {
+                float ignored = 0;
+                operations += kernels().arithmetic(rounds, pairs, &ignored);
+            };
+            parallel(threads, threads, work);
+            return operations.load();
+        },
+        release);
+    m.def(
+        "read",
+        [](Pointer numbers, std::int64_t count, int threads) {
+            std::atomic<std::uint64_t> total{0};
+            auto work = [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+                std::uint64_t sum = 0;
+                for (std::int64_t i = begin; i < end; ++i) sum += at<const std::uint64_t>(numbers)[i];
+                total += sum;
+            };
+            parallel(count, threads, work);
+            return total.load();
+        },
+        release);
+    m.def(
         "block_scales",
         [](Pointer numbers, int type, std::int64_t count, std::int64_t blocksize, Pointer scales,
            int threads) {

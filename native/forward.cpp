@@ -15,11 +15,13 @@ namespace {
 constexpr std::int64_t kRowsAtOnce = 64;  // rows of W at a time
 constexpr std::int64_t kTokens = 1024;    // activations per pass: sums of 256 KiB stay in L2
 
-// The activations of a term, packed into panels of 64 rows; of few rows, in the form of `multiply_rows`.
+// The activations of a term, packed into panels of 64 rows; of few rows for weights in 4 bits, in the form of
+// `multiply_rows`.
 struct Packed {
     const void* a;
     std::int64_t stride, cols;
     std::int64_t depth;
+    bool dense, quantised;                    // whether such weights are multiplied with it
     std::unique_ptr<std::uint32_t[]> panels;  // (token panels, depth, kPanel)
     std::unique_ptr<float[]> prepared;
 };
@@ -40,25 +42,25 @@ void pack_panel(const Lanes& lanes, const Packed& packed, std::int64_t m0, std::
     }
 }
 
+std::vector<Packed>::iterator find(std::vector<Packed>& all, const Term& term) {
+    return std::find_if(all.begin(), all.end(), [&](const Packed& packed) {
+        return packed.a == term.a && packed.stride == term.stride && packed.cols == term.factor.cols;
+    });
+}
+
 std::vector<Packed> distinct_activations(const Lanes& lanes, const Forward* products, int count) {
-    std::vector<Packed> found;
+    std::vector<Packed> all;
     for (int p = 0; p < count; ++p)
         for (int t = 0; t < products[p].count; ++t) {
             const Term& term = products[p].terms[t];
-            const bool known = std::any_of(found.begin(), found.end(), [&](const Packed& packed) {
-                return packed.a == term.a && packed.stride == term.stride && packed.cols == term.factor.cols;
-            });
-            if (!known)
-                found.push_back(
-                    {term.a, term.stride, term.factor.cols, lanes.depth(term.factor.cols), nullptr, nullptr});
+            if (find(all, term) == all.end()) {
+                const std::int64_t depth = lanes.depth(term.factor.cols);
+                all.push_back({term.a, term.stride, term.factor.cols, depth, false, false, nullptr, nullptr});
+            }
+            const auto found = find(all, term);
+            (term.factor.quantised != nullptr ? found->quantised : found->dense) = true;
         }
-    return found;
-}
-
-const Packed& packed_of(const std::vector<Packed>& all, const Term& term) {
-    return *std::find_if(all.begin(), all.end(), [&](const Packed& packed) {
-        return packed.a == term.a && packed.stride == term.stride && packed.cols == term.factor.cols;
-    });
+    return all;
 }
 
 // Rows [n0, n0 + rows) of a product, for the packed tokens of the panels [first, last).
@@ -82,24 +84,24 @@ class ForwardPass {
     std::int64_t panels() const { return groups_of(tokens_, kPanel); }
 
     void pack(int threads) {
-        const std::int64_t count = static_cast<std::int64_t>(packed_.size());
-        if (tokens_ <= kFewRows)
-            for (Packed& one : packed_) prepare(one);
-        auto work = [&](std::int64_t, std::int64_t task) {
-            Packed& one = packed_[static_cast<std::size_t>(task % count)];
-            const std::int64_t panel = task / count;
-            pack_panel(lanes_, one, m0_ + panel * kPanel, columns(panel),
-                       one.panels.get() + panel * one.depth * kPanel);
-        };
-        parallel_tasks(count * panels(), tokens_ <= kFewRows ? 1 : threads, work);
+        for (Packed& one : packed_) {
+            if (few() && one.quantised) prepare(one);
+            if (few() && !one.dense) continue;
+            if (one.panels == nullptr) one.panels = scratch<std::uint32_t>(panels() * one.depth * kPanel);
+            auto work = [&](std::int64_t, std::int64_t panel) {
+                pack_panel(lanes_, one, m0_ + panel * kPanel, columns(panel),
+                           one.panels.get() + panel * one.depth * kPanel);
+            };
+            parallel_tasks(panels(), threads, work);
+        }
     }
 
     void run(const ForwardTask& task, ForwardScratch& scratch) const {
         bool add = false;
         for (int t = 0; t < task.product->count; ++t) {
             const Term& term = task.product->terms[t];
-            const Packed& packed = packed_of(packed_, term);
-            if (tokens_ <= kFewRows && term.factor.quantised != nullptr) {
+            const Packed& packed = *find(packed_, term);
+            if (few() && term.factor.quantised != nullptr) {
                 few_rows(task, term, packed, add, scratch);
                 add = true;
                 continue;
@@ -118,6 +120,8 @@ class ForwardPass {
     }
 
   private:
+    bool few() const { return tokens_ <= kFewRows; }
+
     std::int64_t columns(std::int64_t panel) const {
         return std::min<std::int64_t>(kPanel, tokens_ - panel * kPanel);
     }
@@ -224,7 +228,6 @@ void forward(const Kernels& kernels, Type type, std::int64_t M, const Forward* p
     const Lanes lanes(kernels, type);
     std::vector<Packed> packed = distinct_activations(lanes, products, count);
     const std::int64_t panels = groups_of(std::min(M, kTokens), kPanel);
-    for (Packed& one : packed) one.panels = scratch<std::uint32_t>(panels * one.depth * kPanel);
     std::vector<ForwardScratch> scratches;
     for (int slot = 0; slot < threads; ++slot) scratches.emplace_back(panels);
     for (std::int64_t m0 = 0; m0 < M; m0 += kTokens) {

@@ -111,6 +111,11 @@ struct Kernels {
     // sums[i] += numbers[i].
     void (*add)(const void* numbers, Type type, std::int64_t count, float* sums);
 
+    // Products on registers alone, the most arithmetic there is: `rounds` rounds of them, of bf16 pairs where
+    // `pairs` is set (never for a set without them). Returns how many operations that was, a product and a
+    // sum being two.
+    std::int64_t (*arithmetic)(std::int64_t rounds, bool pairs, float* out);
+
     // Plain conversions of `count` numbers; to_type rounds to nearest even.
     void (*to_float)(const void* numbers, Type type, std::int64_t count, float* out);
     void (*from_float)(const float* numbers, Type type, std::int64_t count, void* out);

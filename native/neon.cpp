@@ -133,6 +133,20 @@ void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int
                          rows, sums);
 }
 
+std::int64_t arithmetic(std::int64_t rounds, bool, float* out) {
+    constexpr int kSums = 24;
+    volatile float unknown[kSums + 2] = {};  // the compiler may neither join equal sums nor leave rounds out
+    float32x4_t c[kSums];
+    for (int i = 0; i < kSums; ++i) c[i] = vdupq_n_f32(unknown[i]);
+    const float32x4_t a = vdupq_n_f32(unknown[kSums]), b = vdupq_n_f32(unknown[kSums + 1]);
+    for (std::int64_t round = 0; round < rounds; ++round)
+        for (float32x4_t& sum : c) sum = vfmaq_f32(sum, a, b);
+    float32x4_t sum = c[0];
+    for (int i = 1; i < kSums; ++i) sum = vaddq_f32(sum, c[i]);
+    *out = vaddvq_f32(sum);
+    return rounds * kSums * 4 * 2;
+}
+
 }  // namespace
 
 const Kernels* neon_kernels() {
@@ -146,6 +160,7 @@ const Kernels* neon_kernels() {
         k.interleave = plain::interleave;
         k.add = plain::add;
         k.multiply_rows = multiply_rows;
+        k.arithmetic = arithmetic;
         return k;
     }();
     return &kernels;

@@ -52,6 +52,18 @@ void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int
                          static_cast<const float*>(prepared), rows, sums);
 }
 
+std::int64_t arithmetic(std::int64_t rounds, bool, float* out) {
+    constexpr int kSums = 32;
+    volatile float unknown[kSums + 1] = {};  // the compiler may neither join equal sums nor leave rounds out
+    const float a = unknown[kSums];
+    float c[kSums];
+    for (int i = 0; i < kSums; ++i) c[i] = unknown[i];
+    for (std::int64_t round = 0; round < rounds; ++round)
+        for (float& sum : c) sum = sum * a + a;
+    for (const float sum : c) *out += sum;
+    return rounds * kSums * 2;
+}
+
 constexpr Kernels kPortable = {
     .name = "portable",
     .block_scales = plain::block_scales,
@@ -67,6 +79,7 @@ constexpr Kernels kPortable = {
     .prepare_rows = prepare_rows,
     .multiply_rows = multiply_rows,
     .add = plain::add,
+    .arithmetic = arithmetic,
     .to_float = plain::to_float,
     .from_float = plain::from_float,
 };
