@@ -2,6 +2,7 @@
 // numbers at a time; what is missing here is portable's.
 #include <immintrin.h>
 
+#include "elementwise_kernels.hpp"
 #include "portable.hpp"
 
 namespace halfbyte {
@@ -328,6 +329,7 @@ const Kernels* avx2_kernels() {
         k.arithmetic = arithmetic;
         k.to_float = to_float;
         k.from_float = from_float;
+        k.elementwise = &rows::Elementwise<to_float, from_float>::kKernels;
         return k;
     }();
     return &kernels;

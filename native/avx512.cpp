@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "avx512_tile.hpp"
+#include "elementwise_kernels.hpp"
 #include "portable.hpp"
 
 namespace halfbyte {
@@ -422,6 +423,7 @@ constexpr Kernels kAvx512 = {
     .arithmetic = arithmetic,
     .to_float = to_float,
     .from_float = from_float,
+    .elementwise = &rows::Elementwise<to_float, from_float>::kKernels,
 };
 
 }  // namespace

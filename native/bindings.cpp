@@ -1,5 +1,7 @@
 // The Python module `halfbyte._native`: pointers and sizes in, nothing checked (that is `ops.py`), no tensors
 // known.
+#include "bindings.hpp"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
@@ -24,7 +26,6 @@ namespace nb = nanobind;
 namespace halfbyte {
 namespace {
 
-using Pointer = std::uintptr_t;
 using WeightTuple =
     std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, float, std::int64_t, std::int64_t, std::int64_t>;
 // A term of a product: activations and their stride; the weight in 4 bits, or a dense one and its stride
@@ -38,16 +39,6 @@ using CodebookTuple = std::tuple<std::array<float, 15>, std::array<int, 16>, std
 using SearchTuple = std::tuple<float, float, int, int>;
 
 std::atomic<const Kernels*> active{nullptr};
-
-const Kernels& kernels() {
-    const Kernels* chosen = active.load(std::memory_order_relaxed);
-    return chosen != nullptr ? *chosen : *best_kernels();
-}
-
-template <class T>
-T* at(Pointer pointer) {
-    return reinterpret_cast<T*>(pointer);
-}
 
 Weight weight_of(const WeightTuple& t) {
     return {.codes = at<const std::uint8_t>(std::get<0>(t)),
@@ -101,6 +92,11 @@ void over_blocks(std::int64_t count, std::int64_t blocksize, int threads, Work&&
 
 }  // namespace
 
+const Kernels& active_kernels() {
+    const Kernels* chosen = active.load(std::memory_order_relaxed);
+    return chosen != nullptr ? *chosen : *best_kernels();
+}
+
 NB_MODULE(_native, m) {
     const auto release = nb::call_guard<nb::gil_scoped_release>();
 
@@ -114,7 +110,7 @@ NB_MODULE(_native, m) {
         }
         return states;
     });
-    m.def("active", [] { return std::string(kernels().name); });
+    m.def("active", [] { return std::string(active_kernels().name); });
     m.def("thread_source", [] { return std::string(thread_source()); });
     m.def("use", [](const std::string& name) {
         for (int i = 0; i < kInstructionSets; ++i) {
@@ -132,7 +128,7 @@ NB_MODULE(_native, m) {
             std::atomic<std::int64_t> operations{0};
             auto work = [&](std::int64_t, std::int64_t, std::int64_t) {
                 float ignored = 0;
-                operations += kernels().arithmetic(rounds, pairs, &ignored);
+                operations += active_kernels().arithmetic(rounds, pairs, &ignored);
             };
             parallel(threads, threads, work);
             return operations.load();
@@ -156,8 +152,8 @@ NB_MODULE(_native, m) {
         [](Pointer numbers, int type, std::int64_t count, std::int64_t blocksize, Pointer scales,
            int threads) {
             over_blocks(count, blocksize, threads, [&](std::int64_t first, std::int64_t last) {
-                kernels().block_scales(at<const void>(numbers), Type(type), count, blocksize, first, last,
-                                       at<float>(scales));
+                active_kernels().block_scales(at<const void>(numbers), Type(type), count, blocksize, first,
+                                              last, at<float>(scales));
             });
         },
         release);
@@ -169,8 +165,8 @@ NB_MODULE(_native, m) {
             const auto [from, to, trials, refinements] = where;
             const Search search{from, to, trials, refinements};
             over_blocks(count, blocksize, threads, [&](std::int64_t first, std::int64_t last) {
-                kernels().search_scales(at<const void>(numbers), Type(type), count, blocksize, codebook,
-                                        search, first, last, at<float>(scales));
+                active_kernels().search_scales(at<const void>(numbers), Type(type), count, blocksize,
+                                               codebook, search, first, last, at<float>(scales));
             });
         },
         release);
@@ -180,15 +176,15 @@ NB_MODULE(_native, m) {
            Pointer scales, Pointer codes, int threads) {
             const Codebook codebook = codebook_of(values);
             over_blocks(count, blocksize, threads, [&](std::int64_t first, std::int64_t last) {
-                kernels().encode(at<const void>(numbers), Type(type), count, blocksize, codebook,
-                                 at<const float>(scales), first, last, at<std::uint8_t>(codes));
+                active_kernels().encode(at<const void>(numbers), Type(type), count, blocksize, codebook,
+                                        at<const float>(scales), first, last, at<std::uint8_t>(codes));
             });
         },
         release);
     m.def(
         "dequantize",
         [](const WeightTuple& weight, int type, Pointer out, int threads) {
-            dequantize(kernels(), weight_of(weight), Type(type), at<void>(out), threads);
+            dequantize(active_kernels(), weight_of(weight), Type(type), at<void>(out), threads);
         },
         release);
     m.def(
@@ -206,7 +202,8 @@ NB_MODULE(_native, m) {
                                     {at<void>(out), stride, Type(out_type)}});
                 M = rows;
             }
-            forward(kernels(), Type(type), M, products.data(), static_cast<int>(products.size()), threads);
+            forward(active_kernels(), Type(type), M, products.data(), static_cast<int>(products.size()),
+                    threads);
         },
         release);
     m.def(
@@ -222,9 +219,11 @@ NB_MODULE(_native, m) {
                                     at<const void>(residual),
                                     {at<void>(out), stride, Type(out_type)}});
             }
-            backward(kernels(), Type(type), products.data(), static_cast<int>(products.size()), threads);
+            backward(active_kernels(), Type(type), products.data(), static_cast<int>(products.size()),
+                     threads);
         },
         release);
+    bind_elementwise(m);
 }
 
 }  // namespace halfbyte

@@ -52,6 +52,8 @@ struct Search {
     int trials, refinements;
 };
 
+struct ElementwiseKernels;  // elementwise.hpp
+
 struct Kernels {
     const char* name;
 
@@ -119,6 +121,9 @@ struct Kernels {
     // Plain conversions of `count` numbers; to_type rounds to nearest even.
     void (*to_float)(const void* numbers, Type type, std::int64_t count, float* out);
     void (*from_float)(const float* numbers, Type type, std::int64_t count, void* out);
+
+    // The element-wise and row-wise operations.
+    const ElementwiseKernels* elementwise;
 };
 
 // One set per instruction set; null where the compiler or the processor family does not have it.

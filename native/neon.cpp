@@ -2,6 +2,7 @@
 // time; what is missing here is portable's, which the compiler turns into NEON by itself.
 #include <arm_neon.h>
 
+#include "elementwise_kernels.hpp"
 #include "portable.hpp"
 
 namespace halfbyte {
@@ -161,6 +162,7 @@ const Kernels* neon_kernels() {
         k.add = plain::add;
         k.multiply_rows = multiply_rows;
         k.arithmetic = arithmetic;
+        k.elementwise = &rows::Elementwise<plain::to_float, plain::from_float>::kKernels;
         return k;
     }();
     return &kernels;

@@ -1,6 +1,8 @@
 // Every kernel in plain C++, one number at a time: the version to read, and the one that runs anywhere.
 #include "portable.hpp"
 
+#include "elementwise_kernels.hpp"
+
 namespace halfbyte {
 namespace {
 
@@ -82,6 +84,7 @@ constexpr Kernels kPortable = {
     .arithmetic = arithmetic,
     .to_float = plain::to_float,
     .from_float = plain::from_float,
+    .elementwise = &rows::Elementwise<plain::to_float, plain::from_float>::kKernels,
 };
 
 }  // namespace

@@ -35,11 +35,12 @@ inline To bits_as(From from) {
     return product + weight.offset;
 }
 
+// Conversions choose between results instead of branching, so that loops over them become vectors.
 [[maybe_unused]] inline std::uint16_t bf16_from_float(float number) {
     const std::uint32_t bits = bits_as<std::uint32_t>(number);
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return static_cast<std::uint16_t>((bits >> 16) | 0x40u);  // quiet NaN
-    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    const std::uint32_t quiet = (bits >> 16) | 0x40u;
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
 [[maybe_unused]] inline float float_from_bf16(std::uint16_t bits) {
@@ -49,25 +50,22 @@ inline To bits_as(From from) {
 [[maybe_unused]] inline float float_from_f16(std::uint16_t bits) {
     const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
     const std::uint32_t magnitude = bits & 0x7fffu;
-    if (magnitude >= 0x7c00u) return bits_as<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-    if (magnitude >= 0x0400u) return bits_as<float>(sign | ((magnitude << 13) + 0x38000000u));
-    const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-    return bits_as<float>(sign | bits_as<std::uint32_t>(subnormal));
+    const std::uint32_t subnormal =
+        bits_as<std::uint32_t>(static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f);
+    const std::uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
+    return bits_as<float>(sign | (magnitude >= 0x0400u ? normal : subnormal));
 }
 
 [[maybe_unused]] inline std::uint16_t f16_from_float(float number) {
     const std::uint32_t bits = bits_as<std::uint32_t>(number);
-    const std::uint32_t sign = (bits >> 16) & 0x8000u;
     const std::uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds to infinity
-    if (magnitude >= 0x38800000u) {
-        const std::uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
-        return static_cast<std::uint16_t>(sign | (rounded >> 13));
-    }
     // Adding 0.5 leaves the result, in units of 2^-24 rounded to nearest even, in the low bits of the sum.
-    const float shifted = bits_as<float>(magnitude) + 0.5f;
-    return static_cast<std::uint16_t>(sign | (bits_as<std::uint32_t>(shifted) - 0x3f000000u));
+    const std::uint32_t subnormal = bits_as<std::uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    std::uint32_t result = magnitude >= 0x38800000u ? normal : subnormal;
+    result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // rounds to infinity
+    result = magnitude > 0x7f800000u ? 0x7e00u : result;
+    return static_cast<std::uint16_t>(((bits >> 16) & 0x8000u) | result);
 }
 
 [[maybe_unused]] inline float load(const void* numbers, Type type, std::int64_t i) {
@@ -109,11 +107,23 @@ inline To bits_as(From from) {
 }
 
 [[maybe_unused]] inline void to_float(const void* numbers, Type type, std::int64_t count, float* out) {
-    for (std::int64_t i = 0; i < count; ++i) out[i] = load(numbers, type, i);
+    const auto* words = static_cast<const std::uint16_t*>(numbers);
+    if (type == Type::f32)
+        std::memcpy(out, numbers, static_cast<std::size_t>(count) * sizeof(float));
+    else if (type == Type::bf16)
+        for (std::int64_t i = 0; i < count; ++i) out[i] = float_from_bf16(words[i]);
+    else
+        for (std::int64_t i = 0; i < count; ++i) out[i] = float_from_f16(words[i]);
 }
 
 [[maybe_unused]] inline void from_float(const float* numbers, Type type, std::int64_t count, void* out) {
-    for (std::int64_t i = 0; i < count; ++i) store(out, type, i, numbers[i]);
+    auto* words = static_cast<std::uint16_t*>(out);
+    if (type == Type::f32)
+        std::memcpy(out, numbers, static_cast<std::size_t>(count) * sizeof(float));
+    else if (type == Type::bf16)
+        for (std::int64_t i = 0; i < count; ++i) words[i] = bf16_from_float(numbers[i]);
+    else
+        for (std::int64_t i = 0; i < count; ++i) words[i] = f16_from_float(numbers[i]);
 }
 
 // A scale below the smallest normal number has no finite inverse: its block becomes zeros.

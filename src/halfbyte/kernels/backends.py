@@ -30,12 +30,27 @@ OPERATIONS = (
     "dequantize_4bit",
     "linear",
     "linear_grad",
+    "rms_norm_forward",
+    "add_rms_norm_forward",
+    "rms_norm_backward",
+    "layer_norm_forward",
+    "layer_norm_backward",
+    "rotate",
+    "rotate_into",
+    "activation_forward",
+    "activation_backward",
+    "gated_forward",
+    "gated_backward",
+    "gated_backward_in_place",
 )
 
 
-def implementation(operation: str, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function that computes `operation` on CPU tensors of `dtype`."""
-    backend = cpu if cpu.supports(dtype) else reference
+def implementation(
+    operation: str, dtype: torch.dtype, device: torch.device | None = None
+) -> Callable[..., Any]:
+    """The function that computes `operation` on tensors of `dtype`, on the CPU unless another device is named."""
+    on_cpu = device is None or device.type == "cpu"
+    backend = cpu if on_cpu and cpu.supports(dtype) else reference
     function: Callable[..., Any] = getattr(backend, operation)
     return function
 

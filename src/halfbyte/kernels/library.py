@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from halfbyte.kernels.backends import implementation
+
 LIBRARY: Any = torch.library.Library("halfbyte", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -35,3 +37,13 @@ def define(
     if gradient is not None:
         backward, save = gradient
         torch.library.register_autograd(f"halfbyte::{name}", backward, setup_context=save, lib=LIBRARY)
+
+
+def by_backend(operation: str) -> Callable[..., Any]:
+    """The function that hands an operation's arguments to the backend for its first one's dtype and device."""
+
+    def compute(*arguments: Any) -> Any:
+        first = arguments[0]
+        return implementation(operation, first.dtype, first.device)(*arguments)
+
+    return compute

@@ -7,8 +7,23 @@ from __future__ import annotations
 
 import torch
 
+from halfbyte.kernels.cpu.activations import (
+    activation_backward,
+    activation_forward,
+    gated_backward,
+    gated_backward_in_place,
+    gated_forward,
+)
 from halfbyte.kernels.cpu.calls import DTYPES
 from halfbyte.kernels.cpu.linear import linear, linear_grad
+from halfbyte.kernels.cpu.norms import (
+    add_rms_norm_forward,
+    layer_norm_backward,
+    layer_norm_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+)
+from halfbyte.kernels.cpu.rotary import rotate, rotate_into
 from halfbyte.kernels.cpu.weights import (
     block_scales,
     dequantize_4bit,
@@ -18,11 +33,23 @@ from halfbyte.kernels.cpu.weights import (
 from halfbyte.kernels.native import module
 
 __all__ = [
+    "activation_backward",
+    "activation_forward",
+    "add_rms_norm_forward",
     "block_scales",
     "dequantize_4bit",
     "encode_4bit",
+    "gated_backward",
+    "gated_backward_in_place",
+    "gated_forward",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "linear",
     "linear_grad",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rotate",
+    "rotate_into",
     "search_scales",
     "supports",
 ]

@@ -1,0 +1,24 @@
+// What the files of the Python module share: the instruction set in use, and the part that each binds.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+#include "kernels.hpp"
+
+namespace halfbyte {
+
+using Pointer = std::uintptr_t;
+
+template <class T>
+T* at(Pointer pointer) {
+    return reinterpret_cast<T*>(pointer);
+}
+
+// Of the instruction set in use.
+const Kernels& active_kernels();
+
+void bind_elementwise(nanobind::module_& m);
+
+}  // namespace halfbyte

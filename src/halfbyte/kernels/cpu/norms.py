@@ -1,0 +1,117 @@
+"""RMSNorm and LayerNorm on the CPU through the compiled module.
+
+It owns the passage of their tensors to the compiled kernels; it must not check arguments nor compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.cpu.calls import DTYPES, native, threads
+from halfbyte.kernels.cpu.rows import readable
+
+_RMS, _RMS_UNIT_OFFSET, _LAYER = 0, 1, 2  # NormKind of native/elementwise.hpp
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    """See `reference.rms_norm_forward`."""
+    y, rstd, _ = _forward(x, None, weight, None, eps, _RMS_UNIT_OFFSET if unit_offset else _RMS)
+    return y, rstd
+
+
+def add_rms_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.add_rms_norm_forward`."""
+    return _forward(x, residual, weight, None, eps, _RMS_UNIT_OFFSET if unit_offset else _RMS)
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    unit_offset: bool,
+    residual_grad: Tensor | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.rms_norm_backward`."""
+    kind = _RMS_UNIT_OFFSET if unit_offset else _RMS
+    dx, dweight, _ = _backward(dy, x, weight, None, rstd, residual_grad, weight_grad, kind)
+    return dx, dweight
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.layer_norm_forward`."""
+    y, rstd, mean = _forward(x, None, weight, bias, eps, _LAYER)
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual_grad: Tensor | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.layer_norm_backward`."""
+    return _backward(dy, x, weight, mean, rstd, residual_grad, weight_grad, _LAYER)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, rstd, and the sum with the residual or else the mean, empty where there is neither."""
+    wide = kind == _RMS and weight.dtype != x.dtype
+    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype) if wide else x.dtype)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if kind == _LAYER else None
+    total = None if residual is None else x.new_empty(x.shape)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    extent, rows, _held = readable(x, y, residual, total)
+    native().norm_forward(
+        kind,
+        eps,
+        extent,
+        *rows,
+        (DTYPES[weight.dtype], weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
+        0 if mean is None else mean.data_ptr(),
+        rstd.data_ptr(),
+        threads(),
+    )
+    extra = mean if total is None else total
+    return y, rstd, rstd.new_empty(0) if extra is None else extra
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    residual_grad: Tensor | None,
+    weight_grad: bool,
+    kind: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    sums = rstd.new_empty((2 if kind == _LAYER else 1, x.shape[-1] if weight_grad else 0))
+    weight, rstd = weight.contiguous(), rstd.contiguous()
+    mean = None if mean is None else mean.contiguous()
+    extent, rows, _held = readable(dy, x, dx, residual_grad)
+    native().norm_backward(
+        kind,
+        extent,
+        *rows,
+        (DTYPES[weight.dtype], weight.data_ptr(), 0),
+        0 if mean is None else mean.data_ptr(),
+        rstd.data_ptr(),
+        sums[0].data_ptr() if weight_grad else 0,
+        sums[1].data_ptr() if weight_grad and kind == _LAYER else 0,
+        threads(),
+    )
+    return dx, sums[0], sums[-1]
