@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "elementwise_kernels.hpp"
+#include "loss_rows.hpp"
 #include "portable.hpp"
 
 namespace halfbyte {
@@ -327,6 +328,8 @@ const Kernels* avx2_kernels() {
         k.add = plain::add;
         k.multiply_rows = multiply_rows;
         k.arithmetic = arithmetic;
+        k.loss_sums = loss::loss_sums;
+        k.loss_gradient = loss::loss_gradient<from_float>;
         k.to_float = to_float;
         k.from_float = from_float;
         k.elementwise = &rows::Elementwise<to_float, from_float>::kKernels;

@@ -4,6 +4,7 @@
 
 #include "avx512_tile.hpp"
 #include "elementwise_kernels.hpp"
+#include "loss_rows.hpp"
 #include "portable.hpp"
 
 namespace halfbyte {
@@ -421,6 +422,8 @@ constexpr Kernels kAvx512 = {
     .multiply_rows = multiply_rows,
     .add = add,
     .arithmetic = arithmetic,
+    .loss_sums = loss::loss_sums,
+    .loss_gradient = loss::loss_gradient<from_float>,
     .to_float = to_float,
     .from_float = from_float,
     .elementwise = &rows::Elementwise<to_float, from_float>::kKernels,

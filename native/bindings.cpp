@@ -224,6 +224,7 @@ NB_MODULE(_native, m) {
         },
         release);
     bind_elementwise(m);
+    bind_loss(m);
 }
 
 }  // namespace halfbyte

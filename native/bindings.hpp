@@ -16,9 +16,11 @@ T* at(Pointer pointer) {
     return reinterpret_cast<T*>(pointer);
 }
 
-// Of the instruction set in use.
+// Of the instruction set in use: the one chosen with `use`, else the best that runs here.
 const Kernels& active_kernels();
 
+// One function per file of bindings.
 void bind_elementwise(nanobind::module_& m);
+void bind_loss(nanobind::module_& m);
 
 }  // namespace halfbyte

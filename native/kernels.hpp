@@ -53,6 +53,24 @@ struct Search {
 };
 
 struct ElementwiseKernels;  // elementwise.hpp
+// What a model does to its logits before they count: x -> cap · tanh(scale · x / cap); cap 0: x -> scale · x.
+struct Bend {
+    float scale, cap;
+};
+
+// What the loss of a row of bent logits is made of.
+struct RowSums {
+    float largest, target;  // logits
+    double exponentials;    // sum of exp(logit - largest)
+    double logits;          // sum, where asked for
+};
+
+// The gradient of a row's loss for its bent logits: probability · exp(logit - largest) - everywhere, and at
+// the target less `target`. A factor common to the three is folded into them: rounded before, p - 1 would be
+// lost.
+struct Slopes {
+    float probability, everywhere, target;
+};
 
 struct Kernels {
     const char* name;
@@ -117,6 +135,15 @@ struct Kernels {
     // `pairs` is set (never for a set without them). Returns how many operations that was, a product and a
     // sum being two.
     std::int64_t (*arithmetic)(std::int64_t rounds, bool pairs, float* out);
+
+    // Adds `bias` (or null) to a row of `count` logits, bends them in place and sums them up.
+    RowSums (*loss_sums)(float* row, std::int64_t count, const float* bias, std::int64_t target,
+                         const Bend& bend, bool sum_logits);
+
+    // The gradient of the row's loss for its logits before bending, from those after it: computed in float
+    // and rounded once to `type`. `out` may be the row itself. It lacks the factor `bend.scale`.
+    void (*loss_gradient)(const float* row, std::int64_t count, std::int64_t target, const Bend& bend,
+                          const RowSums& sums, const Slopes& slopes, Type type, void* out);
 
     // Plain conversions of `count` numbers; to_type rounds to nearest even.
     void (*to_float)(const void* numbers, Type type, std::int64_t count, float* out);

@@ -3,6 +3,7 @@
 #include <arm_neon.h>
 
 #include "elementwise_kernels.hpp"
+#include "loss_rows.hpp"
 #include "portable.hpp"
 
 namespace halfbyte {
@@ -163,6 +164,8 @@ const Kernels* neon_kernels() {
         k.multiply_rows = multiply_rows;
         k.arithmetic = arithmetic;
         k.elementwise = &rows::Elementwise<plain::to_float, plain::from_float>::kKernels;
+        k.loss_sums = loss::loss_sums;
+        k.loss_gradient = loss::loss_gradient<plain::from_float>;
         return k;
     }();
     return &kernels;

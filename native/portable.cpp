@@ -2,6 +2,7 @@
 #include "portable.hpp"
 
 #include "elementwise_kernels.hpp"
+#include "loss_rows.hpp"
 
 namespace halfbyte {
 namespace {
@@ -82,6 +83,8 @@ constexpr Kernels kPortable = {
     .multiply_rows = multiply_rows,
     .add = plain::add,
     .arithmetic = arithmetic,
+    .loss_sums = loss::loss_sums,
+    .loss_gradient = loss::loss_gradient<plain::from_float>,
     .to_float = plain::to_float,
     .from_float = plain::from_float,
     .elementwise = &rows::Elementwise<plain::to_float, plain::from_float>::kKernels,

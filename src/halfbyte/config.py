@@ -110,6 +110,10 @@ class TrainConfig(_Section):
     """AdamW's guard against division by zero."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Longer gradients are scaled down to this Euclidean norm; null: never."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target spread evenly over the vocabulary; the loss reported stays plain cross-entropy."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log-sum-exp of the logits, which holds them near zero; reported as label_smoothing is."""
     log_steps: int = Field(10, ge=1)
     """Steps between printed lines; metrics.jsonl has every step."""
     save_steps: int | None = Field(None, ge=1)
@@ -190,6 +194,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "grad_accum": "train.gradient_accumulation_steps",
     "lr_scheduler_type": "train.schedule",
     "lr_scheduler": "train.schedule",
+    "label_smoothing_factor": "train.label_smoothing",
+    "z_loss_weight": "train.z_loss",
     "logging_steps": "train.log_steps",
     "model_name_or_path": "model",
     "base_model": "model",

@@ -25,6 +25,7 @@ from halfbyte.govern.run_folder import RunFolder, check_free
 from halfbyte.kernels import backends
 from halfbyte.model.adapters import load_adapter
 from halfbyte.model.files import open_model_folder
+from halfbyte.model.heads import head_route
 from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.watch import Part, Watch
@@ -149,6 +150,7 @@ def run(
                 display=watch.training(config.train.log_steps),
             ),
         )
+    folder.event("head", **head_route(model)._asdict())
     result = folder / result_name(config)
     with _phase("save", folder, watch) as part:
         save(result)

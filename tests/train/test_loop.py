@@ -23,7 +23,7 @@ from halfbyte.train.display import Silent
 from halfbyte.train.interrupt import TrainInterrupted
 from halfbyte.train.loop import Plan, TrainRun, train
 from halfbyte.train.metrics import StepRecord
-from halfbyte.train.step import loss_sum
+from halfbyte.train.step import batch_loss
 
 Build = Callable[[], PreTrainedModel]
 CONFIG = TrainConfig(batch_size=2, gradient_accumulation_steps=3, epochs=3, learning_rate=1e-2)
@@ -93,7 +93,7 @@ def test_every_step_is_adamw_on_its_own_gradient_at_its_own_rate(
     train(model, rows, config, _run(model, tmp_path))
     optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.0, fused=True)
     for batch, factor in zip(batches(rows, 2, 0, 0, 0), (1 / 3, 2 / 3, 1.0, 0.5), strict=True):
-        (loss_sum(plain, batch) / batch.trained_tokens).backward()
+        batch_loss(plain, batch, batch.trained_tokens).objective.backward()
         optimizer.param_groups[0]["lr"] = 1e-2 * factor
         optimizer.step()
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from halfbyte.data.pack import Batch, collate
 from halfbyte.data.tokenise import Example
 from halfbyte.errors import TrainError
-from halfbyte.train.step import RowNames, accumulate, loss_sum, trained_tokens
+from halfbyte.train.step import RowNames, accumulate, batch_loss, trained_tokens
 
 Build = Callable[[], PreTrainedModel]
 
@@ -31,7 +31,7 @@ def _cut(examples: list[Example], size: int) -> list[Batch]:
 
 def _gradients(model: PreTrainedModel, micro: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
     divisor = trained_tokens(micro, NAMES)
-    loss = sum(accumulate(model, batch, divisor, NAMES) for batch in micro)
+    loss = sum(accumulate(model, batch, divisor, NAMES).loss for batch in micro)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -112,7 +112,7 @@ def test_loss_and_gradient_equal_those_of_all_logits(
     build = {"llama": tiny_llama, "gemma2": _gemma2, "headless": lambda: _Headless(tiny_llama())}[kind]
     batch = collate(rows, pad_id=0)
     model, reference = build(), build()
-    loss, expected = loss_sum(model, batch), _reference_loss_sum(reference, batch)
+    loss, expected = batch_loss(model, batch, 1).objective, _reference_loss_sum(reference, batch)
     loss.backward()
     expected.backward()
     assert abs(loss.item() - expected.item()) <= FLOAT32_LOSS_TOLERANCE * expected.item()
@@ -126,9 +126,9 @@ def test_loss_and_gradient_equal_those_of_all_logits(
 def test_padding_does_not_change_the_loss(tiny_llama: Build, rows: list[Example]) -> None:
     model = tiny_llama()
     with torch.no_grad():
-        alone = sum(loss_sum(model, collate([row], pad_id=0)).item() for row in rows)
+        alone = sum(batch_loss(model, collate([row], pad_id=0), 1).objective.item() for row in rows)
         for pad_id in (0, 7):
-            padded = loss_sum(model, collate(rows, pad_id=pad_id)).item()
+            padded = batch_loss(model, collate(rows, pad_id=pad_id), 1).objective.item()
             assert abs(padded - alone) <= FLOAT32_LOSS_TOLERANCE * alone
 
 

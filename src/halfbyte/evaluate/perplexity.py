@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
 from halfbyte.data.pack import UNTRAINED, collate
 from halfbyte.errors import EvaluateError, listed
 from halfbyte.evaluate.mode import measured
 from halfbyte.evaluate.statistics import Interval, Score, bootstrap_ratio
-from halfbyte.model.heads import trained_logits
+from halfbyte.model.heads import head_route, trained_token_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +28,8 @@ Progress = Callable[[int, int], None]
 """Called with the number of items done and of all items."""
 
 LOGIT_BYTES = 256 << 20
-"""Largest float32 logits of one batch; a batch is cut shorter, down to one row, before it passes this."""
+"""Largest float32 logits of one batch of a model whose logits must all exist; the batch is cut shorter, down to one
+row, before it passes this."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def held_out_loss(
     distinct = distinct_examples(examples)
     losses: dict[str, ItemLoss] = {}
     with measured(model):
-        for batch in _batches(distinct, batch_size, model.config.get_text_config().vocab_size):
+        for batch in _batches(distinct, batch_size, _logit_bytes(model)):
             losses.update((item.id, item) for item in _batch_losses(model, batch, pad_id))
             if progress is not None:
                 progress(len(losses), len(distinct))
@@ -135,7 +135,12 @@ def distinct_examples(examples: Sequence[Example]) -> list[Example]:
     return list(first.values())
 
 
-def _batches(examples: Sequence[Example], batch_size: int, vocabulary: int) -> Iterator[list[Example]]:
+def _logit_bytes(model: PreTrainedModel) -> int:
+    """Bytes of logits that exist for each trained token of a batch."""
+    return 0 if head_route(model).way == "dense" else model.config.get_text_config().vocab_size * 4
+
+
+def _batches(examples: Sequence[Example], batch_size: int, logit_bytes: int) -> Iterator[list[Example]]:
     """Longest rows first, so that memory that does not suffice shows at once."""
     empty = [example.where for example in examples if example.trained_tokens == 0]
     if empty:
@@ -143,9 +148,7 @@ def _batches(examples: Sequence[Example], batch_size: int, vocabulary: int) -> I
     batch: list[Example] = []
     trained = 0
     for example in sorted(examples, key=lambda e: len(e.input_ids), reverse=True):
-        is_full = (
-            len(batch) == batch_size or (trained + example.trained_tokens) * vocabulary * 4 > LOGIT_BYTES
-        )
+        is_full = len(batch) == batch_size or (trained + example.trained_tokens) * logit_bytes > LOGIT_BYTES
         if batch and is_full:
             yield batch
             batch, trained = [], 0
@@ -160,8 +163,7 @@ def _batch_losses(model: PreTrainedModel, examples: Sequence[Example], pad_id: i
         torch.from_numpy(each).to(model.device)
         for each in (batch.input_ids, batch.attention_mask, batch.labels)
     )
-    logits, targets = trained_logits(model, input_ids, mask, labels)  # (P, V), (P,)
-    nll = F.cross_entropy(logits, targets, reduction="none").double()  # (P,)
+    nll = trained_token_losses(model, input_ids, mask, labels)  # (P,)
     row = (labels[:, 1:] != UNTRAINED).nonzero()[:, 0]  # (P,)
     sums = torch.zeros(len(examples), dtype=torch.float64, device=nll.device).index_add(0, row, nll)
     tokens = torch.bincount(row, minlength=len(examples))

@@ -42,6 +42,7 @@ OPERATIONS = (
     "gated_forward",
     "gated_backward",
     "gated_backward_in_place",
+    "loss_rows",
 )
 
 

@@ -19,13 +19,14 @@ import torch
 
 from halfbyte.data.pack import batches, steps_per_epoch
 from halfbyte.errors import TrainError
+from halfbyte.model.heads import PLAIN, Objective
 from halfbyte.train.checkpoint import TrainerState, write_checkpoint
 from halfbyte.train.display import Display, Shown, Silent
 from halfbyte.train.interrupt import CtrlC, TrainInterrupted
 from halfbyte.train.metrics import MetricsFile, StepRecord, peak_rss_bytes
 from halfbyte.train.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from halfbyte.train.schedule import learning_rate_factor, warmup_steps
-from halfbyte.train.step import RowNames, accumulate, trained_tokens
+from halfbyte.train.step import BatchLoss, RowNames, accumulate, trained_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,6 +187,7 @@ class _Loop:
         self, model: PreTrainedModel, config: TrainConfig, run: TrainRun, plan: Plan, rows: RowNames
     ) -> None:
         self.model, self.config, self.run, self.plan, self.rows = model, config, run, plan, rows
+        self.objective = Objective(config.label_smoothing, config.z_loss)
         self.optimizer = build_optimizer(model, config)
         self.began = time.perf_counter()
         self.micro_batches = 0
@@ -225,21 +227,22 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         return self._note(micro_batches, loss, grad_norm, lr, time.perf_counter() - step_began)
 
-    def _gradient(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> tuple[float, float]:
+    def _gradient(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> tuple[BatchLoss, float]:
         """The step's loss and clipped gradient norm, the gradient left in the parameters."""
         divisor = trained_tokens(micro_batches, self.rows)
         device = next(self.model.parameters()).device.type
-        loss = 0.0
+        shares = []
         for batch in micro_batches:
             with torch.autocast(device, self.run.autocast) if self.run.autocast else nullcontext():
-                loss += accumulate(self.model, batch, divisor, self.rows)
+                shares.append(accumulate(self.model, batch, divisor, self.rows, self.objective))
             if ctrl_c.requested:
                 self._stop()
+        loss = BatchLoss(sum(share.loss for share in shares), sum(share.objective for share in shares))
         norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainError(
                 "HB502",
-                f"the gradient's norm is {norm} at a loss of {loss:.4f}",
+                f"the gradient's norm is {norm} at a loss of {loss.objective:.4f}",
                 where=f"rows {self.rows.of(micro_batches)}",
                 fix="lower train.learning_rate, or compute in float32 (dtype: float32)",
             )
@@ -256,7 +259,7 @@ class _Loop:
         )
 
     def _note(
-        self, micro_batches: list[Batch], loss: float, grad_norm: float, lr: float, step_s: float
+        self, micro_batches: list[Batch], loss: BatchLoss, grad_norm: float, lr: float, step_s: float
     ) -> StepRecord:
         """Count a finished step."""
         tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
@@ -267,7 +270,7 @@ class _Loop:
         self.last = StepRecord(
             step=self.done + 1,
             epoch=self.epochs,
-            loss=loss,
+            loss=loss.loss,
             lr=lr,
             grad_norm=grad_norm,
             trained_tokens=trained,
@@ -275,6 +278,7 @@ class _Loop:
             tokens_per_s=tokens / step_s,
             seconds=time.perf_counter() - self.began,
             peak_rss_bytes=peak_rss_bytes(),
+            objective=None if self.objective == PLAIN else loss.objective,
         )
         self.first = self.first or self.last
         return self.last

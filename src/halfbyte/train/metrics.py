@@ -20,7 +20,7 @@ class StepRecord:
     Args:
         step: Optimizer step, from 1.
         epoch: Passes over the data finished after this step, fractional.
-        loss: Nats per trained token over the whole step, before its update.
+        loss: Plain cross-entropy in nats per trained token over the whole step, before its update.
         lr: Learning rate of the update.
         grad_norm: Global L2 norm of the gradient before clipping.
         trained_tokens: Tokens that carry loss in this step.
@@ -28,6 +28,8 @@ class StepRecord:
         tokens_per_s: `tokens` by the step's wall time.
         seconds: Wall time since training began.
         peak_rss_bytes: Largest resident memory of the process so far; None where the system does not say.
+        objective: What was minimised, where label smoothing or z-loss make that another number than `loss`;
+            else None.
     """
 
     step: int
@@ -40,6 +42,7 @@ class StepRecord:
     tokens_per_s: float
     seconds: float
     peak_rss_bytes: int | None
+    objective: float | None = None
 
 
 class MetricsFile:

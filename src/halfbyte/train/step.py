@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from halfbyte.errors import TrainError
-from halfbyte.model.heads import trained_logits
+from halfbyte.model.heads import PLAIN, Objective, trained_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from halfbyte.data.pack import Batch
+    from halfbyte.kernels.loss import HeadLoss
 
 ROWS_SHOWN = 8
 
@@ -42,24 +42,29 @@ class RowNames:
         return ", ".join(shown) + more
 
 
-def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's trained tokens, in float32.
+def batch_loss(
+    model: PreTrainedModel, batch: Batch, divisor: float, objective: Objective = PLAIN
+) -> HeadLoss:
+    """The loss in nats, summed over the batch's trained tokens and divided, in float32.
 
     Args:
         model: Causal language model.
         batch: Token ids, labels and attention mask, each (B, T).
+        divisor: Trained tokens of the whole step.
+        objective: What is minimised.
 
     Returns:
-        Scalar with a gradient.
+        The objective with its gradient, and the plain cross-entropy.
     """
     device = next(model.parameters()).device
-    logits, targets = trained_logits(
+    return trained_loss(
         model,
         torch.from_numpy(batch.input_ids).to(device),
         torch.from_numpy(batch.attention_mask).to(device),
         torch.from_numpy(batch.labels).to(device),
+        divisor=divisor,
+        objective=objective,
     )
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def trained_tokens(batches: Sequence[Batch], rows: RowNames) -> int:
@@ -79,7 +84,21 @@ def trained_tokens(batches: Sequence[Batch], rows: RowNames) -> int:
     return count
 
 
-def accumulate(model: PreTrainedModel, batch: Batch, divisor: int, rows: RowNames) -> float:
+class BatchLoss(NamedTuple):
+    """A micro-batch's share of the step's loss, in nats per trained token.
+
+    Attributes:
+        loss: Plain cross-entropy.
+        objective: What was minimised; the same number where that is plain cross-entropy.
+    """
+
+    loss: float
+    objective: float
+
+
+def accumulate(
+    model: PreTrainedModel, batch: Batch, divisor: int, rows: RowNames, objective: Objective = PLAIN
+) -> BatchLoss:
     """Add one micro-batch's share of the step's gradient; no gradient is added if its loss is not finite.
 
     The step's loss is the sum over all its trained tokens divided by their number, so micro-batches of
@@ -90,15 +109,16 @@ def accumulate(model: PreTrainedModel, batch: Batch, divisor: int, rows: RowName
         batch: One micro-batch.
         divisor: Trained tokens of the whole step.
         rows: How to name the rows in an error.
+        objective: What is minimised.
 
     Returns:
-        The batch's share of the step's loss, in nats per token.
+        The batch's share of the step's loss.
 
     Raises:
         TrainError: HB501 if the loss is not finite.
     """
-    loss = loss_sum(model, batch) / divisor
-    value = loss.item()
+    found = batch_loss(model, batch, divisor, objective)
+    value = found.objective.item()
     if not math.isfinite(value):
         raise TrainError(
             "HB501",
@@ -106,5 +126,5 @@ def accumulate(model: PreTrainedModel, batch: Batch, divisor: int, rows: RowName
             where=f"rows {rows.of([batch])}",
             fix="lower train.learning_rate, or look at these rows with halfbyte data show",
         )
-    loss.backward()  # type: ignore[no-untyped-call]
-    return value
+    found.objective.backward()  # type: ignore[no-untyped-call]
+    return BatchLoss(found.cross_entropy.item(), value)

@@ -16,6 +16,7 @@ from halfbyte.kernels.cpu.activations import (
 )
 from halfbyte.kernels.cpu.calls import DTYPES
 from halfbyte.kernels.cpu.linear import linear, linear_grad
+from halfbyte.kernels.cpu.loss import loss_rows
 from halfbyte.kernels.cpu.norms import (
     add_rms_norm_forward,
     layer_norm_backward,
@@ -46,6 +47,7 @@ __all__ = [
     "layer_norm_forward",
     "linear",
     "linear_grad",
+    "loss_rows",
     "rms_norm_backward",
     "rms_norm_forward",
     "rotate",

@@ -11,6 +11,7 @@ from halfbyte.kernels.reference.activations import (
     gated_forward,
 )
 from halfbyte.kernels.reference.linear import linear, linear_grad
+from halfbyte.kernels.reference.loss import loss_rows
 from halfbyte.kernels.reference.norms import (
     add_rms_norm_forward,
     layer_norm_backward,
@@ -40,6 +41,7 @@ __all__ = [
     "layer_norm_forward",
     "linear",
     "linear_grad",
+    "loss_rows",
     "rms_norm_backward",
     "rms_norm_forward",
     "rotate",
