@@ -40,11 +40,13 @@ def loss_rows(
     if terms.softcap:
         z = terms.softcap * torch.tanh(z / terms.softcap)
     smoothing, rows = terms.label_smoothing, torch.arange(len(z))
-    lse = torch.logsumexp(z, dim=1)
-    nll = lse - z[rows, targets]
-    objective = (1 - smoothing) * nll + terms.z_loss * lse.square()
+    minus_log_p, lse = -torch.log_softmax(z, dim=1), torch.logsumexp(z, dim=1)
+    nll = minus_log_p[rows, targets]
+    objective = (1 - smoothing) * nll
     if smoothing:
-        objective = objective + smoothing * (lse - z.mean(dim=1))
+        objective = objective + smoothing * minus_log_p.mean(dim=1)
+    if terms.z_loss:
+        objective = objective + terms.z_loss * lse.square()
     if gradient is not None:
         slope = (1 + 2 * terms.z_loss * lse)[:, None] * torch.softmax(z, dim=1) - smoothing / z.shape[1]
         slope[rows, targets] -= 1 - smoothing
