@@ -99,7 +99,9 @@ def test_a_run_leaves_all_its_evidence(make: Make) -> None:
     }
     assert manifest["seed"] == 0
     assert manifest["kernels"]
-    done = [e["event"] for e in _lines(result.folder / "events.jsonl") if e.get("state") == "done"]
+    events = _lines(result.folder / "events.jsonl")
+    assert [(e["way"], e["why"]) for e in events if e["event"] == "head"] == [("dense", "")]
+    done = [e["event"] for e in events if e.get("state") == "done"]
     assert done == ["prepare rows", "load model", "measure before", "train", "save", "measure after", "run"]
 
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../native/dispatch.hpp"
+#include "../../native/loss.hpp"
 #include "../../native/parallel.hpp"
 #include "../../native/product.hpp"
 
@@ -141,6 +142,48 @@ void grid(const Kernels& kernels, std::int64_t rows, std::int64_t cols, Type typ
     }
 }
 
+// Rows of losses: the same bits as the portable version's, in as many threads as one likes.
+struct Losses {
+    std::vector<float> logits;
+    std::vector<double> nll, objective;
+};
+
+Losses losses(const Kernels& kernels, std::int64_t rows, std::int64_t count, const Bend& bend, Type type,
+              int threads) {
+    Buffer random = random_numbers(rows * count, Type::f32, 5), bias = random_numbers(count, Type::f32, 6);
+    Losses found{widened(random, rows * count, Type::f32),
+                 std::vector<double>(static_cast<std::size_t>(rows)),
+                 std::vector<double>(static_cast<std::size_t>(rows))};
+    std::vector<std::int64_t> targets;
+    for (std::int64_t i = 0; i < rows; ++i) targets.push_back((i * 7) % count);
+    const LossRows job{.logits = found.logits.data(),
+                       .targets = targets.data(),
+                       .bias = bend.cap == 0.0f ? nullptr : reinterpret_cast<const float*>(bias.data()),
+                       .rows = rows,
+                       .count = count,
+                       .bend = bend,
+                       .smoothing = bend.cap == 0.0f ? 0.0 : 0.1,
+                       .z_loss = bend.cap == 0.0f ? 0.0 : 1e-3,
+                       .nll = found.nll.data(),
+                       .objective = found.objective.data()};
+    loss_rows(kernels, job, type, 0.125, threads);
+    return found;
+}
+
+void loss_grid(const Kernels& kernels) {
+    for (const std::int64_t count : {1, 5, 16, 255, 256, 257, 1003})
+        for (const Type type : {Type::f32, Type::bf16, Type::f16})
+            for (const Bend bend : {Bend{1.0f, 0.0f}, Bend{0.5f, 3.0f}}) {
+                const Losses got = losses(kernels, 5, count, bend, type, 3);
+                const Losses expected = losses(*portable_kernels(), 5, count, bend, type, 1);
+                const bool same = std::memcmp(got.logits.data(), expected.logits.data(),
+                                              got.logits.size() * sizeof(float)) == 0 &&
+                                  got.nll == expected.nll && got.objective == expected.objective;
+                check(same, "loss_rows", kernels.name, 5, count, static_cast<int>(type),
+                      farthest(got.logits, expected.logits));
+            }
+}
+
 void conversions(const Kernels& kernels) {
     std::vector<float> numbers;
     for (std::uint32_t high = 0; high < 0x10000; ++high)
@@ -175,6 +218,7 @@ int main(int argc, char** argv) {
         if (set.kernels == nullptr || !set.runs) continue;
         ++tried;
         conversions(*set.kernels);
+        loss_grid(*set.kernels);
         const std::int64_t shapes[][2] = {{1, 1},   {3, 5},    {17, 64}, {37, 101},
                                           {64, 96}, {70, 172}, {66, 530}};
         for (const auto& shape : shapes)

@@ -18,6 +18,7 @@ INSTRUCTION_SETS = (
     if X86
     else {"neon": []}
 )
+PLAIN_SOURCES = ("portable", "dispatch", "linear", "loss", "parallel")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
@@ -28,6 +29,7 @@ def compile_objects(folder: Path, *flags: str) -> dict[str, Path]:
     sources = {
         name: [] for name in ("portable", "dispatch", "forward", "backward", "parallel")
     } | INSTRUCTION_SETS
+    sources = {name: [] for name in PLAIN_SOURCES} | INSTRUCTION_SETS
     running, objects = [], {}
     for name, own in sources.items():
         objects[name] = folder / f"{name}.o"
@@ -85,6 +87,7 @@ def test_neon_kernels_agree_under_emulation(tmp_path):
     sources = [
         NATIVE / f"{name}.cpp" for name in ("portable", "dispatch", "forward", "backward", "parallel", "neon")
     ]
+    sources = [NATIVE / f"{name}.cpp" for name in (*PLAIN_SOURCES, "neon")]
     grid = Path(__file__).with_name("kernel_grid.cpp")
     command = [
         "aarch64-linux-gnu-g++",

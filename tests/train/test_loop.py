@@ -100,6 +100,23 @@ def test_every_step_is_adamw_on_its_own_gradient_at_its_own_rate(
     assert torch.equal(_weights(model), _weights(plain))
 
 
+@pytest.mark.parametrize("change", [{"label_smoothing": 0.2}, {"z_loss": 0.01}], ids=str)
+def test_another_objective_is_minimised_but_the_loss_reported_stays_plain(
+    change: dict[str, float], tiny_llama: Build, rows: list[Example], tmp_path: Path
+) -> None:
+    """The first step's loss is before any update, so the same whatever is minimised; the weights after it are not."""
+    config = CONFIG.model_copy(update={"max_steps": 3})
+    plain, other = tiny_llama(), tiny_llama()
+    train(plain, rows, config, _run(plain, tmp_path / "plain"))
+    train(other, rows, config.model_copy(update=change), _run(other, tmp_path / "other"))
+    expected, found = _lines(tmp_path / "plain"), _lines(tmp_path / "other")
+    assert found[0]["loss"] == expected[0]["loss"]
+    assert found[2]["loss"] != expected[2]["loss"]
+    assert all(abs(line["objective"] - line["loss"]) > 0.01 for line in found)
+    assert [line["objective"] for line in expected] == [None] * 3
+    assert not torch.equal(_weights(plain), _weights(other))
+
+
 def test_max_steps_decides_over_epochs(tiny_llama: Build, rows: list[Example], tmp_path: Path) -> None:
     model = tiny_llama()
     config = CONFIG.model_copy(update={"max_steps": 5, "epochs": 1})
