@@ -18,7 +18,7 @@ INSTRUCTION_SETS = (
     if X86
     else {"neon": []}
 )
-PLAIN_SOURCES = ("portable", "dispatch", "linear", "loss", "parallel")
+PLAIN_SOURCES = ("portable", "dispatch", "forward", "backward", "loss", "parallel")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
@@ -26,9 +26,6 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 def compile_objects(folder: Path, *flags: str) -> dict[str, Path]:
     assert COMPILER, "a C++ compiler is needed, as for the installation"
     define = "-DHALFBYTE_X86" if X86 else "-DHALFBYTE_ARM64"
-    sources = {
-        name: [] for name in ("portable", "dispatch", "forward", "backward", "parallel")
-    } | INSTRUCTION_SETS
     sources = {name: [] for name in PLAIN_SOURCES} | INSTRUCTION_SETS
     running, objects = [], {}
     for name, own in sources.items():

@@ -23,6 +23,7 @@ from halfbyte.errors import KernelError
 from halfbyte.kernels.backends import implementation
 from halfbyte.kernels.library import define
 from halfbyte.kernels.loss_terms import Gradient, LossTerms, place_of_gradient
+from halfbyte.kernels.terms import Product, Term
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,7 +35,7 @@ LEAST_ROWS = 16
 """Rows of a chunk however large the vocabulary is: fewer, and the head is read for almost nothing."""
 
 PANEL = 8192
-"""Tokens of the vocabulary whose logits are computed at once where they must be widened after."""
+"""Tokens of the vocabulary whose weight gradient is computed at once where it must be widened after."""
 
 _SETTINGS = "Tensor? bias, float label_smoothing, float z_loss, float softcap, float logit_scale"
 _LOSS = f"(Tensor hidden, Tensor weight, Tensor targets, {_SETTINGS}, float divisor, bool[] wanted)"
@@ -212,21 +213,15 @@ def _chunks(inputs: _Inputs, terms: LossTerms, factor: float | None) -> Iterator
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (R, V) = hidden (R, H) · Wᵀ, out in float32 for narrower hidden and weight.
-
-    torch's CPU product of 16-bit numbers sums in float32 but returns 16 bits: the logits are rounded to hidden's
-    dtype here, as they are in transformers.
-    """
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.T, out=out)
-        return
-    for begin in range(0, len(weight), PANEL):
-        out[:, begin : begin + PANEL] = torch.mm(hidden, weight[begin : begin + PANEL].T)
+    """out (R, V) = hidden (R, H) · Wᵀ, summed in float32 and, for narrower numbers, not rounded."""
+    product = Product((Term(hidden, weight),))
+    implementation("linear", hidden.dtype)([product], out.dtype, [out])
 
 
 def _hidden_grad(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
     """out (R, H) = dlogits (R, V) · W, summed in float32 and rounded once; rows of dlogits may lie apart."""
-    torch.mm(dlogits, weight, out=out)
+    product = Product((Term(dlogits, weight),))
+    implementation("linear_grad", out.dtype)([product], out.dtype, [out])
 
 
 def _weight_grad(dlogits: Tensor, hidden: Tensor, total: Tensor) -> None:

@@ -19,17 +19,23 @@ _Weight = tuple[int, int, int, int, int, float, int, int, int]
 _NO_WEIGHT: _Weight = (0, 0, 0, 0, 0, 0.0, 64, 0, 0)
 
 
-def linear(products: Sequence[Product], out_dtype: torch.dtype) -> list[Tensor]:
+def linear(
+    products: Sequence[Product], out_dtype: torch.dtype, outs: list[Tensor] | None = None
+) -> list[Tensor]:
     """See `reference.linear`."""
     first = products[0].terms[0].a
-    outs = [first.new_empty((first.shape[0], product.sizes[0]), dtype=out_dtype) for product in products]
+    if outs is None:
+        outs = [first.new_empty((len(first), product.sizes[0]), dtype=out_dtype) for product in products]
     native().forward(_tuples(products, outs), DTYPES[first.dtype], threads())
     return outs
 
 
-def linear_grad(products: Sequence[Product], out_dtype: torch.dtype) -> list[Tensor]:
+def linear_grad(
+    products: Sequence[Product], out_dtype: torch.dtype, outs: list[Tensor] | None = None
+) -> list[Tensor]:
     """See `reference.linear_grad`."""
-    outs = [p.terms[0].a.new_empty((p.terms[0].a.shape[0], p.sizes[1]), dtype=out_dtype) for p in products]
+    if outs is None:
+        outs = [p.terms[0].a.new_empty((len(p.terms[0].a), p.sizes[1]), dtype=out_dtype) for p in products]
     native().backward(_tuples(products, outs), DTYPES[products[0].terms[0].a.dtype], threads())
     return outs
 
@@ -61,7 +67,7 @@ def _tuples(
             _pointer(product.bias),
             _pointer(product.residual),
             out.data_ptr(),
-            out.shape[1],
+            out.stride(0),
             DTYPES[out.dtype],
             out.shape[0],
         )
