@@ -5,6 +5,7 @@
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
 #include "portable.hpp"
+#include "softmax_rows.hpp"
 
 namespace halfbyte {
 namespace {
@@ -330,6 +331,7 @@ const Kernels* avx2_kernels() {
         k.arithmetic = arithmetic;
         k.loss_sums = loss::loss_sums;
         k.loss_gradient = loss::loss_gradient<from_float>;
+        k.softmax = softmax::kSoftmax;
         k.to_float = to_float;
         k.from_float = from_float;
         k.elementwise = &rows::Elementwise<to_float, from_float>::kKernels;

@@ -6,6 +6,7 @@
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
 #include "portable.hpp"
+#include "softmax_rows.hpp"
 
 namespace halfbyte {
 namespace {
@@ -427,6 +428,7 @@ constexpr Kernels kAvx512 = {
     .to_float = to_float,
     .from_float = from_float,
     .elementwise = &rows::Elementwise<to_float, from_float>::kKernels,
+    .softmax = softmax::kSoftmax,
 };
 
 }  // namespace

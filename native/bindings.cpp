@@ -225,6 +225,7 @@ NB_MODULE(_native, m) {
         release);
     bind_elementwise(m);
     bind_loss(m);
+    bind_attention(m);
 }
 
 }  // namespace halfbyte

@@ -72,6 +72,42 @@ struct Slopes {
     float probability, everywhere, target;
 };
 
+// Attention's work between its products, on tiles of scores: row i of a tile is a key, column j a query, at
+// i * kPanel + j. `columns` is a multiple of 16; what stands to the right of it is neither read nor written.
+// A score of -infinity is a key that the query does not see: its weight is exactly 0. NaN is kept.
+struct SoftmaxKernels {
+    // most[j] = the larger of most[j] and every scale * scores[i][j].
+    void (*column_max)(const float* scores, std::int64_t rows, std::int64_t columns, float scale,
+                       float* most);
+
+    // scores[i][j] = 2^(scale * scores[i][j] - shift[j]), added to sums[j]; the exponent must be below 127.
+    void (*exponentials)(float* scores, std::int64_t rows, std::int64_t columns, float scale,
+                         const float* shift, float* sums);
+
+    // The same, written instead as a panel of bf16 pairs: rows 2p and 2p + 1 at panel[p * kPanel + j]. A last
+    // row without partner is paired with 0.
+    void (*exponential_pairs)(const float* scores, std::int64_t rows, std::int64_t columns, float scale,
+                              const float* shift, float* sums, std::uint32_t* panel);
+
+    // weight = 2^(scale * scores[i][j] - shift[j]), grad = weight * (grads[i][j] - delta[j]): scores become
+    // the weights, grads the gradients of the scores.
+    void (*score_gradients)(float* scores, float* grads, std::int64_t rows, std::int64_t columns, float scale,
+                            const float* shift, const float* delta);
+
+    // The same, rounded to bf16: weights and score gradients row by row (kPanel numbers apart), and the
+    // gradients once more as a panel of pairs of rows as above. Scores and grads are left as they are.
+    void (*score_gradient_pairs)(const float* scores, const float* grads, std::int64_t rows,
+                                 std::int64_t columns, float scale, const float* shift, const float* delta,
+                                 std::uint16_t* weights, std::uint16_t* score_grads, std::uint32_t* panel);
+
+    // sums[i][j] *= factors[j].
+    void (*scale_columns)(float* sums, std::int64_t rows, std::int64_t columns, const float* factors);
+
+    // lanes[i] = first[i] in the low half, second[i] in the high one; second may be null: zeros.
+    void (*interleave)(const std::uint16_t* first, const std::uint16_t* second, std::int64_t count,
+                       std::uint32_t* lanes);
+};
+
 struct Kernels {
     const char* name;
 
@@ -151,6 +187,7 @@ struct Kernels {
 
     // The element-wise and row-wise operations.
     const ElementwiseKernels* elementwise;
+    SoftmaxKernels softmax;
 };
 
 // One set per instruction set; null where the compiler or the processor family does not have it.

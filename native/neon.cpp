@@ -5,6 +5,7 @@
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
 #include "portable.hpp"
+#include "softmax_rows.hpp"
 
 namespace halfbyte {
 namespace {
@@ -166,6 +167,7 @@ const Kernels* neon_kernels() {
         k.elementwise = &rows::Elementwise<plain::to_float, plain::from_float>::kKernels;
         k.loss_sums = loss::loss_sums;
         k.loss_gradient = loss::loss_gradient<plain::from_float>;
+        k.softmax = softmax::kSoftmax;
         return k;
     }();
     return &kernels;

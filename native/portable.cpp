@@ -3,6 +3,7 @@
 
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
+#include "softmax_rows.hpp"
 
 namespace halfbyte {
 namespace {
@@ -88,6 +89,7 @@ constexpr Kernels kPortable = {
     .to_float = plain::to_float,
     .from_float = plain::from_float,
     .elementwise = &rows::Elementwise<plain::to_float, plain::from_float>::kKernels,
+    .softmax = softmax::kSoftmax,
 };
 
 }  // namespace

@@ -1,0 +1,176 @@
+// What forward and backward of attention share: the tiles of scores, who sees what in them, blocks of keys
+// and queries packed as operands, and the order of the work.
+//
+// A tile of scores is transposed: its rows are up to kKeys keys, its columns up to kPanel queries. The keys'
+// rows are then an operand as they lie in memory, the queries' panel is made once for all keys, every
+// statistic of the softmax is a vector over columns, and the rows of weights are an operand again for the
+// values' gradient.
+//
+// Lanes (kernels.hpp) are bf16 pairs where the kernels multiply those and the numbers are bf16, else floats.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "attention.hpp"
+
+namespace halfbyte {
+namespace tiles {
+
+constexpr std::int64_t kKeys = 64;                      // rows of a tile
+constexpr std::int64_t kVector = 16;                    // columns are handled in multiples of this
+constexpr std::int64_t kRowStep = 16, kDepthStep = 32;  // how finely an edge tile is cut: rows, summed keys
+
+constexpr std::int64_t up_to(std::int64_t number, std::int64_t multiple) {
+    return (number + multiple - 1) / multiple * multiple;
+}
+
+// Memory on a cache line's edge, so that no vector of a panel lies across two.
+template <class T>
+class Aligned {
+  public:
+    Aligned() = default;
+    explicit Aligned(std::int64_t count, bool zeroed = true)
+        : data_(static_cast<T*>(::operator new(bytes(count), std::align_val_t{kLine}))) {
+        if (zeroed) std::memset(data_.get(), 0, bytes(count));
+    }
+    T* data() const { return data_.get(); }
+
+  private:
+    static constexpr std::size_t kLine = 64;
+    static std::size_t bytes(std::int64_t count) { return static_cast<std::size_t>(count) * sizeof(T); }
+    struct Free {
+        void operator()(T* data) const { ::operator delete(data, std::align_val_t{kLine}); }
+    };
+    std::unique_ptr<T, Free> data_;
+};
+
+// Sizes that follow from the kernels and the numbers' type.
+struct Lanes {
+    bool pairs;
+    std::int64_t per_lane;  // numbers
+    std::int64_t depth;     // lanes of a row of D numbers
+    std::int64_t block;     // tokens that fill a panel's columns as lanes: what is packed at a time
+    std::int64_t panels;    // of kPanel columns that D takes
+    std::int64_t bytes;     // of a number in memory
+
+    Lanes(const Kernels& kernels, const Attention& attention);
+};
+
+// One document seen by the query heads of one key head.
+struct Unit {
+    std::int64_t row, begin, length, kv_head;
+
+    std::int64_t blocks() const { return (length + kKeys - 1) / kKeys; }
+};
+
+std::vector<Unit> units_of(const Attention& attention);  // the longest first
+
+// A tile and who sees what in it; keys and queries are counted from the document's beginning.
+class Tile {
+  public:
+    Tile(const Attention& attention, const Unit& unit, std::int64_t query_block, std::int64_t key_block);
+
+    struct Part {
+        std::int64_t row, rows, column, columns;
+    };
+    // Rows row … row + step - 1 of an edge tile with the columns in which any of them is seen, whole vectors;
+    // all of a tile that is not at an edge.
+    Part part(std::int64_t row, std::int64_t step) const;
+
+    // Replaces what is not seen of an edge tile.
+    void mask(float* tile, float with) const;
+
+    bool edge() const { return edge_; }
+    std::int64_t rows() const { return rows_; }
+    std::int64_t columns() const { return up_to(columns_, kVector); }
+
+  private:
+    std::int64_t first(std::int64_t row) const;  // columns [first, last) see the row
+    std::int64_t last(std::int64_t row) const;
+
+    bool causal_, edge_;
+    std::int64_t key_, query_, rows_, columns_, window_;
+};
+
+// Blocks of keys that a block of queries sees: [begin, end).
+struct Range {
+    std::int64_t begin, end;
+};
+Range keys_seen(const Attention& attention, const Unit& unit, std::int64_t query_block);
+
+// Blocks of queries that see a block of keys: [begin, end).
+Range queries_seeing(const Attention& attention, const Unit& unit, std::int64_t key_block);
+
+// Puts tokens of one head into lanes. Tokens are counted from the document's beginning; `rows` of them are at
+// most as many as the destination holds.
+class Packer {
+  public:
+    Packer(const Kernels& kernels, const Attention& attention);
+
+    const Lanes lanes;
+
+    // to[t * lanes.depth + l]: the rows as they are.
+    void rows(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token, std::int64_t rows,
+              std::uint32_t* to) const;
+
+    // to[l * kPanel + t]: rows that are lanes already, as columns of a panel.
+    void columns(const std::uint32_t* rows_in_lanes, std::int64_t rows, std::uint32_t* to) const;
+
+    // to[p][t][c], p < lanes.panels: lanes along the tokens, as rows of panels of numbers p * kPanel + c.
+    // Zeros for tokens from `rows` to kPanel - 1.
+    void panels_along(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,
+                      std::int64_t rows, std::uint32_t* to) const;
+    std::int64_t panels_along_size() const { return lanes.panels * kPanel / lanes.per_lane * kPanel; }
+
+    // Lanes along the tokens, as rows of kPanel lanes, one row for each number: blocks of lanes.block tokens,
+    // one after the other. Packs the block of `token`, which begins it.
+    void rows_along(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,
+                    std::int64_t rows, std::uint32_t* scratch, std::uint32_t* to) const;
+    std::int64_t rows_along_size(std::int64_t tokens) const {
+        return up_to(tokens, lanes.block) / lanes.block * D_ * kPanel;
+    }
+    std::int64_t rows_along_offset(std::int64_t token) const {
+        return token / lanes.block * D_ * kPanel + token % lanes.block / lanes.per_lane;
+    }
+    std::int64_t rows_along_scratch() const { return lanes.block / lanes.per_lane * D_; }
+
+    // Writes tokens that stand as columns (sums[d * kPanel + t]); scratch holds kPanel * kPanel floats.
+    void write_columns(const float* sums, std::int64_t columns, float* scratch, const Heads& heads,
+                       const Unit& unit, std::int64_t head, std::int64_t token) const;
+
+  private:
+    // Lanes along two tokens (or one) from `count` numbers on, the second perhaps absent.
+    void along(const char* first, const char* second, std::int64_t count, std::uint32_t* to) const;
+
+    const Kernels& kernels_;
+    Type type_;
+    std::int64_t D_;
+};
+
+// One block of queries of one head.
+struct Task {
+    std::int64_t unit, head, query_block;  // head within the unit's group
+};
+
+// All tasks of units [first, last), those of one unit by descending query block, then ascending head; units
+// are mixed `mixed` at a time, so that neighbours in time seldom share keys.
+std::vector<Task> tasks_of(const std::vector<Unit>& units, std::int64_t first, std::int64_t last,
+                           std::int64_t group, int mixed);
+
+// Cuts units into runs that together need about as much memory as `budget`, by what each needs.
+std::vector<Range> waves_of(const std::vector<std::int64_t>& sizes, std::int64_t budget);
+
+// Address of number 0 of a head of a token of a document.
+inline char* address(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,
+                     std::int64_t bytes) {
+    const std::int64_t element =
+        unit.row * heads.batch + (unit.begin + token) * heads.token + head * heads.head;
+    return static_cast<char*>(heads.data) + element * bytes;
+}
+
+}  // namespace tiles
+}  // namespace halfbyte
