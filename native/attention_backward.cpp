@@ -17,7 +17,6 @@ namespace {
 
 using namespace tiles;
 
-constexpr std::int64_t kBudget = std::int64_t{64} << 20;  // bytes of packed keys, values and sums at a time
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kSpins = 2000;  // looks at a turn before the processor is offered to others
@@ -43,7 +42,9 @@ struct Scratch {
           shift(kPanel),
           delta(kPanel),
           factor(kPanel),
-          wide(2 * attention.D) {}
+          wide(attention.D) {
+        std::fill_n(factor.data(), kPanel, attention.scale);
+    }
 };
 
 // What a wave holds of one unit.
@@ -85,7 +86,7 @@ class Backward {
         std::vector<Scratch> scratches;
         scratches.reserve(static_cast<std::size_t>(threads));
         for (int t = 0; t < threads; ++t) scratches.emplace_back(packer_, attention_);
-        for (const Range wave : waves_of(sizes, kBudget)) {
+        for (const Range wave : waves_of(sizes, threads)) {
             share(wave);
             pack(wave, scratches, threads);
             const std::vector<Task> tasks = tasks_of(units_, wave.begin, wave.end, group_, threads);
@@ -138,7 +139,7 @@ class Backward {
             const std::int64_t head = unit(u).kv_head, rows = std::min(lanes_.block, unit(u).length - token);
             packer_.rows(k_, unit(u), head, token, rows, shared(u).keys + token * lanes_.depth);
             packer_.rows(v_, unit(u), head, token, rows, shared(u).values + token * lanes_.depth);
-            packer_.rows_along(k_, unit(u), head, token, rows,
+            packer_.rows_along(shared(u).keys + token * lanes_.depth, rows,
                                scratches[static_cast<std::size_t>(worker)].along.data(),
                                shared(u).keys_along + packer_.rows_along_offset(token));
         };
@@ -161,27 +162,19 @@ class Backward {
 
     void take_queries(const Unit& document, std::int64_t head, std::int64_t token, std::int64_t queries,
                       Scratch& scratch) const {
+        float *shift = scratch.shift.data(), *delta = scratch.delta.data();
+        std::fill_n(shift, kPanel, kInfinity);  // no weight where no query is
+        std::fill_n(delta, kPanel, 0.0f);
         packer_.rows(q_, document, head, token, queries, scratch.rows.data());
         packer_.columns(scratch.rows.data(), queries, scratch.queries.data());
+        packer_.panels_along(scratch.rows.data(), queries, scratch.queries_along.data());
         packer_.rows(dout_, document, head, token, queries, scratch.rows.data());
         packer_.columns(scratch.rows.data(), queries, scratch.outs.data());
-        packer_.panels_along(q_, document, head, token, queries, scratch.queries_along.data());
-        packer_.panels_along(dout_, document, head, token, queries, scratch.outs_along.data());
+        packer_.panels_along(scratch.rows.data(), queries, scratch.outs_along.data());
+        packer_.dots(scratch.rows.data(), out_, document, head, token, queries, scratch.wide.data(), delta);
         const float* lse =
             lse_ + (document.row * attention_.H + head) * attention_.T + document.begin + token;
-        float *wide_out = scratch.wide.data(), *wide_grad = wide_out + attention_.D;
-        for (std::int64_t j = 0; j < kPanel; ++j) {
-            scratch.factor.data()[j] = attention_.scale;
-            scratch.shift.data()[j] =
-                j < queries ? lse[j] * kLog2E : kInfinity;  // no weight where no query is
-            scratch.delta.data()[j] = 0;
-            if (j >= queries) continue;
-            kernels_.to_float(address(out_, document, head, token + j, lanes_.bytes), attention_.type,
-                              attention_.D, wide_out);
-            kernels_.to_float(address(dout_, document, head, token + j, lanes_.bytes), attention_.type,
-                              attention_.D, wide_grad);
-            kernels_.dot(wide_out, wide_grad, attention_.D, 1, attention_.D, scratch.delta.data() + j);
-        }
+        for (std::int64_t j = 0; j < queries; ++j) shift[j] = lse[j] * kLog2E;
     }
 
     void add_block(const Task& task, const Tile& tile, std::int64_t block, Scratch& scratch) const {

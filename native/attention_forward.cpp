@@ -12,7 +12,6 @@ namespace {
 
 using namespace tiles;
 
-constexpr std::int64_t kBudget = std::int64_t{32} << 20;  // bytes of packed keys and values at a time
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
@@ -25,7 +24,7 @@ struct Scratch {
     Aligned<float> scores, sums, most, shift, factor, total;
 
     explicit Scratch(const Packer& packer, const Attention& attention)
-        : rows(kPanel * packer.lanes.depth),
+        : rows(packer.lanes.block * packer.lanes.depth),
           queries(kPanel * packer.lanes.depth),
           weights(kKeys * kPanel),
           along(packer.rows_along_scratch()),
@@ -61,7 +60,7 @@ class Forward {
         std::vector<Scratch> scratches;
         scratches.reserve(static_cast<std::size_t>(threads));
         for (int t = 0; t < threads; ++t) scratches.emplace_back(packer_, attention_);
-        for (const Range wave : waves_of(sizes, kBudget)) {
+        for (const Range wave : waves_of(sizes, threads)) {
             pack(wave, scratches, threads);
             const std::vector<Task> tasks =
                 tasks_of(units_, wave.begin, wave.end, attention_.H / attention_.Hkv, threads);
@@ -98,8 +97,9 @@ class Forward {
             const auto [u, token] = blocks[static_cast<std::size_t>(b)];
             const std::int64_t head = unit(u).kv_head, rows = std::min(lanes_.block, unit(u).length - token);
             packer_.rows(k_, unit(u), head, token, rows, keys(u) + token * lanes_.depth);
-            packer_.rows_along(v_, unit(u), head, token, rows,
-                               scratches[static_cast<std::size_t>(worker)].along.data(),
+            Scratch& scratch = scratches[static_cast<std::size_t>(worker)];
+            packer_.rows(v_, unit(u), head, token, rows, scratch.rows.data());
+            packer_.rows_along(scratch.rows.data(), rows, scratch.along.data(),
                                values(u) + packer_.rows_along_offset(token));
         };
         parallel_tasks(static_cast<std::int64_t>(blocks.size()), threads, work);

@@ -84,68 +84,78 @@ Packer::Packer(const Kernels& kernels, const Attention& attention)
     : lanes(kernels, attention), kernels_(kernels), type_(attention.type), D_(attention.D) {}
 
 void Packer::rows(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,
-                  std::int64_t rows, std::uint32_t* to) const {
-    for (std::int64_t t = 0; t < rows; ++t, to += lanes.depth) {
+                  std::int64_t count, std::uint32_t* to) const {
+    for (std::int64_t t = 0; t < count; ++t, to += lanes.depth) {
         const char* from = address(heads, unit, head, token + t, lanes.bytes);
         if (!lanes.pairs) {
             kernels_.to_float(from, type_, D_, reinterpret_cast<float*>(to));
             continue;
         }
-        to[lanes.depth - 1] = 0;
+        to[lanes.depth - 1] = 0;  // an odd D leaves half a lane
         std::memcpy(to, from, static_cast<std::size_t>(D_ * lanes.bytes));
     }
 }
 
-void Packer::columns(const std::uint32_t* rows_in_lanes, std::int64_t rows, std::uint32_t* to) const {
-    kernels_.transpose(rows_in_lanes, lanes.depth, rows, lanes.depth, to);
+void Packer::columns(const std::uint32_t* rows, std::int64_t count, std::uint32_t* to) const {
+    kernels_.transpose(rows, lanes.depth, count, lanes.depth, to);
 }
 
-void Packer::along(const char* first, const char* second, std::int64_t count, std::uint32_t* to) const {
-    if (lanes.pairs)
-        kernels_.softmax.interleave(reinterpret_cast<const std::uint16_t*>(first),
-                                    reinterpret_cast<const std::uint16_t*>(second), count, to);
-    else
-        kernels_.to_float(first, type_, count, reinterpret_cast<float*>(to));
+void Packer::along(const std::uint32_t* row, bool has_next, std::int64_t d, std::int64_t count,
+                   std::uint32_t* to) const {
+    if (!lanes.pairs) {
+        std::copy_n(row + d, count, to);
+        return;
+    }
+    const auto* first = reinterpret_cast<const std::uint16_t*>(row) + d;
+    kernels_.softmax.interleave(first, has_next ? first + 2 * lanes.depth : nullptr, count, to);
 }
 
-void Packer::panels_along(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,
-                          std::int64_t rows, std::uint32_t* to) const {
-    const std::int64_t panel_rows = kPanel / lanes.per_lane;
-    for (std::int64_t p = 0; p < lanes.panels; ++p, to += panel_rows * kPanel) {
-        const std::int64_t count = std::min<std::int64_t>(kPanel, D_ - p * kPanel);
-        for (std::int64_t t = 0; t < panel_rows; ++t) {
-            const std::int64_t first = t * lanes.per_lane, second = first + 1;
-            if (first >= rows) {
-                std::fill_n(to + t * kPanel, kPanel, 0u);
-                continue;
-            }
-            const char* from =
-                address(heads, unit, head, token + first, lanes.bytes) + p * kPanel * lanes.bytes;
-            along(from, second < rows ? from + heads.token * lanes.bytes : nullptr, count, to + t * kPanel);
+void Packer::panels_along(const std::uint32_t* rows, std::int64_t count, std::uint32_t* to) const {
+    for (std::int64_t p = 0; p < lanes.panels; ++p) {
+        const std::int64_t d = p * kPanel, columns = std::min<std::int64_t>(kPanel, D_ - d);
+        for (std::int64_t t = 0; t < kPanel; t += lanes.per_lane, to += kPanel) {
+            if (t < count)
+                along(rows + t * lanes.depth, t + 1 < count, d, columns, to);
+            else
+                std::fill_n(to, columns, 0u);
         }
     }
 }
 
-void Packer::rows_along(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,
-                        std::int64_t rows, std::uint32_t* scratch, std::uint32_t* to) const {
-    const std::int64_t count = (rows + lanes.per_lane - 1) / lanes.per_lane;
-    for (std::int64_t t = 0; t < count; ++t) {
-        const std::int64_t first = t * lanes.per_lane;
-        const char* from = address(heads, unit, head, token + first, lanes.bytes);
-        along(from, first + 1 < rows ? from + heads.token * lanes.bytes : nullptr, D_, scratch + t * D_);
+void Packer::rows_along(const std::uint32_t* rows, std::int64_t count, std::uint32_t* scratch,
+                        std::uint32_t* to) const {
+    const std::int64_t filled = (count + lanes.per_lane - 1) / lanes.per_lane;
+    for (std::int64_t l = 0; l < filled; ++l) {
+        const std::int64_t t = l * lanes.per_lane;
+        along(rows + t * lanes.depth, t + 1 < count, 0, D_, scratch + l * D_);
     }
-    kernels_.transpose(scratch, D_, count, D_, to);
+    kernels_.transpose(scratch, D_, filled, D_, to);
 }
 
-void Packer::write_columns(const float* sums, std::int64_t columns, float* scratch, const Heads& heads,
+void Packer::dots(const std::uint32_t* rows, const Heads& heads, const Unit& unit, std::int64_t head,
+                  std::int64_t token, std::int64_t count, float* scratch, float* sums) const {
+    for (std::int64_t t = 0; t < count; ++t, rows += lanes.depth) {
+        const char* other = address(heads, unit, head, token + t, lanes.bytes);
+        sums[t] = 0;
+        if (lanes.pairs && kernels_.dot_bf16 != nullptr) {
+            kernels_.dot_bf16(reinterpret_cast<const std::uint16_t*>(rows),
+                              reinterpret_cast<const std::uint16_t*>(other), D_, 1, D_, sums + t);
+            continue;
+        }
+        kernels_.to_float(other, type_, D_, scratch);
+        kernels_.dot(reinterpret_cast<const float*>(rows), scratch, D_, 1, D_, sums + t);
+    }
+}
+
+void Packer::write_columns(const float* sums, std::int64_t count, float* scratch, const Heads& heads,
                            const Unit& unit, std::int64_t head, std::int64_t token) const {
     for (std::int64_t d = 0; d < D_; d += kPanel) {
-        const std::int64_t count = std::min<std::int64_t>(kPanel, D_ - d);
-        kernels_.transpose(reinterpret_cast<const std::uint32_t*>(sums + d * kPanel), kPanel, count, columns,
+        const std::int64_t numbers = std::min<std::int64_t>(kPanel, D_ - d);
+        kernels_.transpose(reinterpret_cast<const std::uint32_t*>(sums + d * kPanel), kPanel, numbers, count,
                            reinterpret_cast<std::uint32_t*>(scratch));
-        for (std::int64_t t = 0; t < columns; ++t) {
+        for (std::int64_t t = 0; t < count; ++t) {
             char* to = address(heads, unit, head, token + t, lanes.bytes) + d * lanes.bytes;
-            kernels_.from_float(scratch + t * kPanel, type_, count, to);
+            kernels_.from_float(scratch + t * kPanel, type_, numbers, to);
         }
     }
 }
@@ -166,16 +176,19 @@ std::vector<Task> tasks_of(const std::vector<Unit>& units, std::int64_t first, s
     return tasks;
 }
 
-std::vector<Range> waves_of(const std::vector<std::int64_t>& sizes, std::int64_t budget) {
+std::vector<Range> waves_of(const std::vector<std::int64_t>& sizes, int threads) {
+    constexpr std::int64_t kBudget = std::int64_t{2} << 20;  // bytes a thread
     std::vector<Range> waves;
     std::int64_t used = 0;
     for (std::int64_t u = 0; u < static_cast<std::int64_t>(sizes.size()); ++u) {
-        used += sizes[static_cast<std::size_t>(u)];
-        if (waves.empty() || used > budget) {
+        const std::int64_t size = sizes[static_cast<std::size_t>(u)];
+        const bool full = used + size > kBudget * threads;
+        if (waves.empty() || (full && u - waves.back().begin >= threads)) {
             waves.push_back({u, u});
-            used = sizes[static_cast<std::size_t>(u)];
+            used = 0;
         }
         waves.back().end = u + 1;
+        used += size;
     }
     return waves;
 }

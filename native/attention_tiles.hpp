@@ -105,46 +105,52 @@ Range keys_seen(const Attention& attention, const Unit& unit, std::int64_t query
 // Blocks of queries that see a block of keys: [begin, end).
 Range queries_seeing(const Attention& attention, const Unit& unit, std::int64_t key_block);
 
-// Puts tokens of one head into lanes. Tokens are counted from the document's beginning; `rows` of them are at
-// most as many as the destination holds.
+// Puts tokens of one head into lanes. Memory is read once, row by row, because rows of one head are apart by
+// a power of two more often than not and then fight for the same lines of a cache; the rest is made from that
+// copy.
 class Packer {
   public:
     Packer(const Kernels& kernels, const Attention& attention);
 
     const Lanes lanes;
 
-    // to[t * lanes.depth + l]: the rows as they are.
-    void rows(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token, std::int64_t rows,
+    // to[t * lanes.depth + l]: `count` tokens of a document from `token` on, as they are.
+    void rows(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token, std::int64_t count,
               std::uint32_t* to) const;
 
-    // to[l * kPanel + t]: rows that are lanes already, as columns of a panel.
-    void columns(const std::uint32_t* rows_in_lanes, std::int64_t rows, std::uint32_t* to) const;
+    // to[l * kPanel + t]: at most kPanel rows as columns of a panel.
+    void columns(const std::uint32_t* rows, std::int64_t count, std::uint32_t* to) const;
 
-    // to[p][t][c], p < lanes.panels: lanes along the tokens, as rows of panels of numbers p * kPanel + c.
-    // Zeros for tokens from `rows` to kPanel - 1.
-    void panels_along(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,
-                      std::int64_t rows, std::uint32_t* to) const;
+    // to[p][t][c], p < lanes.panels: at most kPanel rows as lanes along the tokens, rows of panels that hold
+    // numbers p * kPanel + c. Zeros for tokens above.
+    void panels_along(const std::uint32_t* rows, std::int64_t count, std::uint32_t* to) const;
     std::int64_t panels_along_size() const { return lanes.panels * kPanel / lanes.per_lane * kPanel; }
 
-    // Lanes along the tokens, as rows of kPanel lanes, one row for each number: blocks of lanes.block tokens,
-    // one after the other. Packs the block of `token`, which begins it.
-    void rows_along(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,
-                    std::int64_t rows, std::uint32_t* scratch, std::uint32_t* to) const;
+    // to[d * kPanel + t]: at most lanes.block rows as lanes along the tokens, one row of kPanel lanes for
+    // each number. Zeros for tokens above. Scratch holds rows_along_scratch() lanes.
+    void rows_along(const std::uint32_t* rows, std::int64_t count, std::uint32_t* scratch,
+                    std::uint32_t* to) const;
+    std::int64_t rows_along_scratch() const { return lanes.block / lanes.per_lane * D_; }
+    // What a document takes whose blocks are packed one after the other, and where a token stands in that.
     std::int64_t rows_along_size(std::int64_t tokens) const {
         return up_to(tokens, lanes.block) / lanes.block * D_ * kPanel;
     }
     std::int64_t rows_along_offset(std::int64_t token) const {
         return token / lanes.block * D_ * kPanel + token % lanes.block / lanes.per_lane;
     }
-    std::int64_t rows_along_scratch() const { return lanes.block / lanes.per_lane * D_; }
+
+    // sums[t] = row t · token t of `heads`; scratch holds D floats.
+    void dots(const std::uint32_t* rows, const Heads& heads, const Unit& unit, std::int64_t head,
+              std::int64_t token, std::int64_t count, float* scratch, float* sums) const;
 
     // Writes tokens that stand as columns (sums[d * kPanel + t]); scratch holds kPanel * kPanel floats.
-    void write_columns(const float* sums, std::int64_t columns, float* scratch, const Heads& heads,
+    void write_columns(const float* sums, std::int64_t count, float* scratch, const Heads& heads,
                        const Unit& unit, std::int64_t head, std::int64_t token) const;
 
   private:
-    // Lanes along two tokens (or one) from `count` numbers on, the second perhaps absent.
-    void along(const char* first, const char* second, std::int64_t count, std::uint32_t* to) const;
+    // Lanes along a row and the next one, or along a single one, for numbers d … d + count - 1.
+    void along(const std::uint32_t* row, bool has_next, std::int64_t d, std::int64_t count,
+               std::uint32_t* to) const;
 
     const Kernels& kernels_;
     Type type_;
@@ -161,8 +167,9 @@ struct Task {
 std::vector<Task> tasks_of(const std::vector<Unit>& units, std::int64_t first, std::int64_t last,
                            std::int64_t group, int mixed);
 
-// Cuts units into runs that together need about as much memory as `budget`, by what each needs.
-std::vector<Range> waves_of(const std::vector<std::int64_t>& sizes, std::int64_t budget);
+// Cuts units into runs that are packed and done one after the other, by the bytes each unit needs: enough
+// units to keep all threads busy, and few enough that what they share stays near the processor.
+std::vector<Range> waves_of(const std::vector<std::int64_t>& sizes, int threads);
 
 // Address of number 0 of a head of a token of a document.
 inline char* address(const Heads& heads, const Unit& unit, std::int64_t head, std::int64_t token,

@@ -2,11 +2,11 @@
 // portable.cpp does, 16 numbers at a time.
 #include <immintrin.h>
 
+#include "avx512_softmax.hpp"
 #include "avx512_tile.hpp"
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
 #include "portable.hpp"
-#include "softmax_rows.hpp"
 
 namespace halfbyte {
 namespace {
@@ -428,7 +428,13 @@ constexpr Kernels kAvx512 = {
     .to_float = to_float,
     .from_float = from_float,
     .elementwise = &rows::Elementwise<to_float, from_float>::kKernels,
-    .softmax = softmax::kSoftmax,
+    .softmax = {.column_max = softmax512::column_max,
+                .exponentials = softmax512::exponentials,
+                .exponential_pairs = softmax::exponential_pairs,
+                .score_gradients = softmax512::score_gradients,
+                .score_gradient_pairs = softmax::score_gradient_pairs,
+                .scale_columns = softmax::scale_columns,
+                .interleave = softmax::interleave},
 };
 
 }  // namespace

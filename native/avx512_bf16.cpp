@@ -1,6 +1,7 @@
 // AVX-512-BF16: products of bf16 pairs. Everything else is AVX-512's.
 #include <immintrin.h>
 
+#include "avx512_softmax.hpp"
 #include "avx512_tile.hpp"
 #include "portable.hpp"
 
@@ -11,6 +12,10 @@ struct Pairs {
     static __m512 fma(__m512 c, __m512i a, __m512i b) {
         return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
     }
+};
+
+struct Rounding {
+    static __m512i words(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 };
 
 // Rows of whole blocks of 64 are multiplied as bf16; others as floats, as AVX-512 does.
@@ -126,6 +131,8 @@ const Kernels* avx512_bf16_kernels() {
         k.prepare_rows = prepare_rows;
         k.multiply_rows = multiply_rows;
         k.arithmetic = arithmetic;
+        k.softmax.exponential_pairs = softmax512::exponential_pairs<Rounding>;
+        k.softmax.score_gradient_pairs = softmax512::score_gradient_pairs<Rounding>;
         return k;
     }();
     return &kernels;
