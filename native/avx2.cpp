@@ -234,6 +234,40 @@ void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type t
         [&](std::int64_t e, float value) { plain::store(out, type, e - begin, value); });
 }
 
+// 8 rows of 8 lanes to 8 columns.
+void transpose8(const std::uint32_t* rows, std::int64_t stride, std::uint32_t* panel) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows + i * stride));
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        auto* column = reinterpret_cast<float*>(panel + i * kPanel);
+        _mm256_storeu_ps(column, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(column + 4 * kPanel, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+
+void transpose(const std::uint32_t* rows, std::int64_t stride, std::int64_t columns, std::int64_t depth,
+               std::uint32_t* panel) {
+    const std::int64_t whole_columns = columns / 8 * 8, whole_depth = depth / 8 * 8;
+    for (std::int64_t j = 0; j < whole_columns; j += 8)
+        for (std::int64_t d = 0; d < whole_depth; d += 8)
+            transpose8(rows + j * stride + d, stride, panel + d * kPanel + j);
+    for (std::int64_t d = 0; d < depth; ++d) {
+        const std::int64_t done = d < whole_depth ? whole_columns : 0;
+        for (std::int64_t j = done; j < columns; ++j) panel[d * kPanel + j] = rows[j * stride + d];
+        for (std::int64_t j = columns; j < kPanel; ++j) panel[d * kPanel + j] = 0;
+    }
+}
+
 // R rows by two vectors of columns.
 template <int R>
 void tile(const float* a, std::int64_t stride, const float* panel, std::int64_t depth, bool add,
@@ -324,6 +358,7 @@ const Kernels* avx2_kernels() {
         k.encode = encode;
         k.decode = decode;
         k.decode_wide = decode_wide;
+        k.transpose = transpose;
         k.multiply = multiply;
         k.interleave = plain::interleave;
         k.add = plain::add;

@@ -36,7 +36,9 @@ namespace softmax {
     power = fused(power, f, 0x1.62e42ap-1f);
     power = fused(power, f, 1.0f);
     const float scaled = power * plain::bits_as<float>(plain::bits_as<std::uint32_t>(sum) << 23);
-    return x < -126.0f ? 0.0f : scaled;
+    // A mask, not a condition: compilers make a branch of one whose other side is a constant.
+    const std::uint32_t counts = 0u - static_cast<std::uint32_t>(!(x < -126.0f));
+    return plain::bits_as<float>(plain::bits_as<std::uint32_t>(scaled) & counts);
 }
 
 // Rounds to bf16 in the high half, nearest even, leaving the low half undefined. A NaN stays one: those made
