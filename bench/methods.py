@@ -134,6 +134,7 @@ def settings(row: Row, seed: int, quick: bool) -> Config:
         "train": {
             "epochs": 2,
             "max_steps": QUICK_STEPS if quick else None,
+            "packing": False,
             "batch_size": 4,
             "learning_rate": row.lr,
         },

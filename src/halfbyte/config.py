@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from halfbyte.errors import ConfigError, listed
 
@@ -90,8 +99,12 @@ class TrainConfig(_Section):
     """Times each row is seen; not read where max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; null: as many as the epochs take."""
+    packing: bool = True
+    """Lay rows end to end in passes of a fixed number of tokens, none seeing another; false: pad them."""
     batch_size: int = Field(8, ge=1)
-    """Rows per forward and backward pass."""
+    """Rows per forward and backward pass; packed: on average. Not read where batch_tokens is set."""
+    batch_tokens: int | None = Field(None, ge=2)
+    """Tokens per pass where rows are packed; null: those of batch_size average rows, at least the longest row's."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Passes per optimizer step."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -118,6 +131,13 @@ class TrainConfig(_Section):
     """Steps between printed lines; metrics.jsonl has every step."""
     save_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints; null: only at the end and on interruption."""
+
+    @field_validator("batch_tokens")
+    @classmethod
+    def _only_packed(cls, batch_tokens: int | None, others: ValidationInfo) -> int | None:
+        if batch_tokens is not None and others.data.get("packing") is False:
+            raise PydanticCustomError("unread", "null where train.packing is false: set train.batch_size")
+        return batch_tokens
 
 
 class EvaluateConfig(_Section):
@@ -163,6 +183,18 @@ class Config(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured."""
 
+    @field_validator("train")
+    @classmethod
+    def _pass_holds_a_row(cls, train: TrainConfig, others: ValidationInfo) -> TrainConfig:
+        data = others.data.get("data")
+        if data is not None and train.batch_tokens is not None and train.batch_tokens < data.max_length:
+            raise PydanticCustomError(
+                "too_small",
+                "at least the {max_length} of data.max_length: raise it, or lower data.max_length",
+                {"max_length": data.max_length, "setting": "train.batch_tokens", "got": train.batch_tokens},
+            )
+        return train
+
     def to_yaml(self) -> str:
         """All settings, defaults included, as YAML that `load_config` reads back to an equal `Config`."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -191,6 +223,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "num_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "micro_batch_size": "train.batch_size",
+    "sample_packing": "train.packing",
+    "neat_packing": "train.packing",
     "grad_accum": "train.gradient_accumulation_steps",
     "lr_scheduler_type": "train.schedule",
     "lr_scheduler": "train.schedule",
@@ -362,7 +396,8 @@ def _config_error(
     reasons: dict[str, list[str]] = {}
     got: dict[str, object] = {}
     for fault in error.errors(include_url=False):
-        setting = _setting_of(fault["loc"], fault["type"])
+        between = fault.get("ctx", {})  # a fault between two sections names its setting itself
+        setting = between.get("setting") or _setting_of(fault["loc"], fault["type"])
         if fault["type"] in UNKNOWN_KINDS:
             unknown = True
             reasons[setting] = [_unknown(setting)]
@@ -370,7 +405,7 @@ def _config_error(
         if fault["type"] == "missing":
             reasons[setting] = ["is missing and has no default"]
             continue
-        got[setting] = fault["input"]
+        got[setting] = between.get("got", fault["input"])
         expected = fault["msg"].removeprefix("Input should be ")
         if fault["type"] == "model_type":
             expected = "a mapping of settings"

@@ -26,6 +26,10 @@ from halfbyte.kernels import backends
 from halfbyte.model.adapters import load_adapter
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.heads import head_route
+from halfbyte.model.isolation import prove_isolation
+from halfbyte.model.limits import Limits
+from halfbyte.model.precision import computing_dtype
+from halfbyte.model.skeleton import build_skeleton
 from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.watch import Part, Watch
@@ -42,7 +46,7 @@ from halfbyte.train.methods import (
 from halfbyte.train.metrics import peak_rss_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ class Prepared:
     def misaligned(self) -> int:
         """Rows in which a token straddles the border of prompt and answer."""
         return self.train.misaligned + self.held_out.misaligned
+
+    def check_fit(self, model: PreTrainedModel) -> None:
+        """Refuse rows that the model cannot be given; weights without memory will do.
+
+        Raises:
+            DataError: HB212 or HB213, naming every such row.
+        """
+        Limits.of(model).check([*self.train.examples, *self.held_out.examples])
 
     def described(self) -> str:
         """The counts in a few words."""
@@ -128,11 +140,14 @@ def run(
     with _phase("load model", folder, watch) as part:
         model = load_base(config, part.progress)
         folder.write_json("manifest.json", _manifest(config, rows))
+        rows.check_fit(model)
     subject = Subject(model, rows.tokenizer, rows.held_out.stop_ids, padding_id(rows.tokenizer))
     measured = partial(
         _measure, subject=subject, rows=rows.held_out, config=config, folder=folder, watch=watch
     )
     make_trainable(model, config)  # a fresh adapter changes no answer, and a bad target is refused at once
+    if config.train.packing:
+        prove_isolation(model)  # training proves it again; here nothing has been measured yet
     before = measured("before") if evaluate else None
 
     save = saver(model, rows.tokenizer, config)
@@ -195,23 +210,24 @@ def prepare(config: Config) -> Prepared:
 
 
 def rehearse(config: Config, overwrite: bool = False) -> tuple[Prepared, Plan]:
-    """Everything of a run that can fail before the model is loaded; nothing is written.
+    """Everything of a run that can fail before the weights are read; nothing is written.
 
     Args:
         config: Settings.
         overwrite: Whether an earlier run in `output_dir` is to be replaced.
 
     Returns:
-        The rows, and how many steps training would have.
+        The rows, and the steps that training would have.
 
     Raises:
         HalfbyteError: What the run would have raised.
     """
     check_free(Path(config.output_dir), overwrite)
     autocast_dtype(config)
-    open_model_folder(config.model)
+    model_folder = open_model_folder(config.model)
     rows = prepare(config)
-    return rows, Plan.of(len(rows.train.examples), config.train)
+    rows.check_fit(build_skeleton(model_folder, computing_dtype(config.dtype)))
+    return rows, Plan.of([len(e.input_ids) for e in rows.train.examples], config.train, config.seed)
 
 
 def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None = None) -> Measurement:
@@ -234,6 +250,7 @@ def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None
         part.say(f"template {renderer.template}")
     with watch.part("load model") as part:
         model = load_base(config, part.progress)
+        Limits.of(model).check(rows.examples)
         if adapter is not None:
             load_adapter(model, adapter)
     subject = Subject(model, renderer.tokenizer, rows.stop_ids, padding_id(renderer.tokenizer))

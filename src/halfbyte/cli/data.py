@@ -5,25 +5,32 @@ It owns the verbs' options and how rows look on a terminal; it must not know how
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halfbyte.cli.consoles import STDOUT, print_json
-from halfbyte.cli.recipe import Json
+from halfbyte.cli.recipe import Json, Set
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from halfbyte.data.check import DataReport
+    from halfbyte.config import Config
+    from halfbyte.data.check import DataReport, Lengths
+    from halfbyte.data.order import Usage
+    from halfbyte.data.read import Row
     from halfbyte.data.tokenise import Example
 
 CHECK_EXAMPLES = (
-    "[bold]Examples[/]\n\nhalfbyte data check rows.jsonl\n\nhalfbyte data check a.jsonl b.json --json"
+    "[bold]Examples[/]\n\n"
+    "halfbyte data check rows.jsonl\n\n"
+    "halfbyte data check a.jsonl b.json --json\n\n"
+    "halfbyte data check rows.jsonl --model models/base --set data.max_length=1024"
 )
 SHOW_EXAMPLES = (
     "[bold]Examples[/]\n\n"
@@ -40,16 +47,27 @@ Format = Annotated[
 
 
 @app.command("check", epilog=CHECK_EXAMPLES)
-def check(files: Files, format: Format = "auto", as_json: Json = False) -> None:  # noqa: A002
+def check(
+    files: Files,
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model folder: counts tokens, and how full passes are.")
+    ] = None,
+    settings: Set = None,
+    format: Format = "auto",  # noqa: A002
+    as_json: Json = False,
+) -> None:
     """Read every row, name every bad line, and count what is there."""
     from halfbyte.data.check import check_rows
     from halfbyte.data.read import read_rows
 
-    report = check_rows(read_rows(files, _data_settings(files, format).format)).report
+    config = _settings(files, format, settings, model)
+    checked = check_rows(read_rows(files, config.data.format))
+    tokens = _count_tokens(checked.rows, config) if model is not None else None
     if as_json:
-        print_json(asdict(report))
+        print_json(asdict(checked.report) | ({"tokens": asdict(tokens)} if tokens else {}))
     else:
-        _print_report(report)
+        _print_report(checked.report, tokens)
 
 
 @app.command("show", epilog=SHOW_EXAMPLES)
@@ -68,7 +86,8 @@ def show(
     from halfbyte.data.render import Renderer
     from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
 
-    settings = _data_settings(files, format, template=template, max_length=max_length)
+    wanted = [f"data.template={json.dumps(template)}", f"data.max_length={max_length}"]
+    settings = _settings(files, format, wanted).data
     renderer = Renderer(load_tokenizer(model), settings.template)
     rows = check_rows(read_rows(files, settings.format)).rows
     tokenised = tokenise_rows(rows[:count], renderer, settings.max_length)
@@ -77,27 +96,66 @@ def show(
         _print_example(example, renderer.tokenizer, STDOUT)
 
 
-def _data_settings(files: Sequence[str], layout: str, **more: Any) -> Any:
-    """The options as data settings, so that a bad one is named as it would be in a recipe."""
+def _settings(
+    files: Sequence[str], layout: str, overrides: Sequence[str] | None, model: str | None = None
+) -> Config:
+    """The options as settings, so that a bad one is named as it would be in a recipe."""
     from halfbyte.config import load_config
 
-    base = {"model": "-", "data": {"train": list(files), "format": layout, **more}}
-    return load_config(None, base=base).data
+    base = {"model": model or "-", "data": {"train": list(files), "format": layout}}
+    return load_config(None, list(overrides or ()), base)
 
 
-def _print_report(report: DataReport) -> None:
-    lengths = report.characters
+@dataclass(frozen=True)
+class Tokens:
+    """Rows counted in tokens.
+
+    Attributes:
+        lengths: Tokens per row.
+        cut: Rows cut at `data.max_length`.
+        passes: How full the passes of an epoch are.
+    """
+
+    lengths: Lengths
+    cut: int
+    passes: Usage
+
+
+def _count_tokens(rows: Sequence[Row], config: Config) -> Tokens:
+    """Tokenise rows and fill passes with them, as training would."""
+    from halfbyte.data.check import Lengths
+    from halfbyte.data.order import Usage, order_of
+    from halfbyte.data.render import Renderer
+    from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
+
+    renderer = Renderer(load_tokenizer(config.model), config.data.template)
+    tokenised = tokenise_rows(rows, renderer, config.data.max_length)
+    lengths = [len(example.input_ids) for example in tokenised.examples]
+    usage = Usage.of(order_of(lengths, config.train, config.seed))
+    return Tokens(Lengths.of(lengths), tokenised.truncated, usage)
+
+
+def _print_report(report: DataReport, tokens: Tokens | None) -> None:
     lines = {
         "rows": f"{report.rows:,}",
         "duplicates": f"{report.duplicates:,}",
         "empty prompts": f"{report.empty_prompts:,}",
         "styles": ", ".join(f"{style} {n:,}" for style, n in report.styles.items()),
         "turns": ", ".join(f"{role} {n:,}" for role, n in report.roles.items()) or "none",
-        "characters": f"{lengths.shortest:,} to {lengths.longest:,}, "
-        f"half of the rows up to {lengths.median:,}, 95 % up to {lengths.p95:,}",
+        "characters": _spread(report.characters),
     }
+    if tokens is not None:
+        cut = f"; {tokens.cut:,} rows cut at max_length" if tokens.cut else ""
+        lines |= {"tokens": _spread(tokens.lengths) + cut, "passes": tokens.passes.described()}
     for name, text in lines.items():
         STDOUT.print(f"[bold]{name:<14}[/] {text}", highlight=False)
+
+
+def _spread(lengths: Lengths) -> str:
+    return (
+        f"{lengths.shortest:,} to {lengths.longest:,}, "
+        f"half of the rows up to {lengths.median:,}, 95 % up to {lengths.p95:,}"
+    )
 
 
 def _print_example(example: Example, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,9 +101,11 @@ def _as_json(result: RunResult) -> dict[str, Any]:
 
 def _rehearse(config: Config, wishes: Wishes) -> None:
     """What the run would do."""
+    from halfbyte.data.order import Usage
     from halfbyte.pipeline import rehearse
 
     rows, plan = rehearse(config, wishes.overwrite)
+    usage = Usage.of(plan.order)
     facts = {
         "model": config.model,
         "method": config.method,
@@ -117,6 +119,7 @@ def _rehearse(config: Config, wishes: Wishes) -> None:
         "misaligned_rows": rows.misaligned,
         "duplicate_rows": rows.report.duplicates,
         "steps": plan.total_steps,
+        "first_epoch": asdict(usage) if wishes.as_json else usage.described(),
     }
     if wishes.as_json:
         print_json(facts)

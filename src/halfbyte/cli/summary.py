@@ -170,6 +170,7 @@ def _cost(summary: Summary) -> RenderableType:
             f"loss of a step {t.first_loss:.3f} at first, {t.last_loss:.3f} at last",
             "speed": f"{t.tokens_per_s:,.0f} tokens/s over {t.tokens:,} tokens, "
             f"{t.trained_tokens:,} of them trained",
+            "passes": t.usage.described(),
             "memory": f"{size(summary.peak_rss_bytes)} at most for the whole process; "
             f"weights {size(s.weight_bytes)}",
             "time": f"{duration(sum(summary.phase_seconds.values()))}: {phases}",

@@ -18,7 +18,7 @@ from halfbyte.errors import DataError, listed
 
 @dataclass(frozen=True)
 class Lengths:
-    """Characters per row.
+    """How long rows are.
 
     Attributes:
         shortest: Least.
@@ -31,6 +31,11 @@ class Lengths:
     median: int
     p95: int
     longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Lengths:
+        """Of at least one row."""
+        return cls(*np.percentile(lengths, [0, 50, 95, 100], method="higher").tolist())
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,13 @@ def _fault(row: Row) -> str:
 def _count(rows: Sequence[Row]) -> DataReport:
     turns = [row.messages or () for row in rows]
     lengths = [len(row.text or "") + sum(len(m.content) for m in row.messages or ()) for row in rows]
-    shortest, median, p95, longest = np.percentile(lengths, [0, 50, 95, 100], method="higher").tolist()
     return DataReport(
         rows=len(rows),
         duplicates=len(rows) - len({row.id for row in rows}),
         empty_prompts=sum(any(m.role == "user" and not m.content.strip() for m in turn) for turn in turns),
         styles=dict(Counter(row.style for row in rows)),
         roles=dict(Counter(m.role for turn in turns for m in turn)),
-        characters=Lengths(shortest, median, p95, longest),
+        characters=Lengths.of(lengths),
     )
 
 

@@ -1,12 +1,12 @@
-"""Examples to batches: in what order, how padded, and how many trained tokens each one counts.
+"""Examples to the arrays a model is given: packed end to end in one row, or side by side with padding.
 
-It owns the order of rows within an epoch and the arrays a model is given; it must not know text or templates.
+It owns where each document lies in a batch and what it is asked to predict; it must not know text, templates or
+which examples come together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,85 +15,111 @@ from numpy.typing import NDArray
 from halfbyte.data.tokenise import Example
 
 UNTRAINED = -100  # the label transformers and torch's cross-entropy leave out
-WINDOW_BATCHES = (
-    32  # batches sorted by length together: enough for little padding, few enough to stay shuffled
-)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side, filled up at the right to the longest.
+    """Documents in an array of tokens: all in one row, or one in each row and filled up at the right.
 
     Attributes:
         input_ids: Token ids, int64, (B, T).
-        labels: The same ids where a token is a target, else -100, int64, (B, T); not shifted.
-        attention_mask: 1 for tokens, 0 for filling, int64, (B, T).
-        trained_tokens: Targets at positions from 1 on: those that count once labels are shifted.
-        ids: Content hashes of the rows.
+        labels: The same ids where a token is a target, else -100, int64, (B, T); not shifted. A document's first
+            token is never one: nothing of its own precedes it, and what does must not predict it.
+        documents: Where each document lies, int32, (n, 3): row, first token, token after the last.
+        ids: Content hashes of the documents, (n,).
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
-    attention_mask: NDArray[np.int64]
-    trained_tokens: int
+    documents: NDArray[np.int32]
     ids: tuple[str, ...]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents; then there is one row, without padding."""
+        return len(self.documents) > len(self.input_ids)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, int32, (n,)."""
+        return self.documents[:, 2] - self.documents[:, 1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, without padding."""
+        return int(self.lengths.sum())
+
+    @property
+    def trained_tokens(self) -> int:
+        """Targets."""
+        return int((self.labels != UNTRAINED).sum())
+
+    @property
+    def attention_mask(self) -> NDArray[np.int64]:
+        """1 for tokens, 0 for padding, int64, (B, T)."""
+        mask = np.zeros_like(self.input_ids)
+        for row, begin, end in self.documents:
+            mask[row, begin:end] = 1
+        return mask
+
+    @property
+    def position_ids(self) -> NDArray[np.int64]:
+        """Position of each token in its own document, from 0, int64, (B, T); 0 on padding."""
+        positions = np.zeros_like(self.input_ids)
+        for row, begin, end in self.documents:
+            positions[row, begin:end] = np.arange(end - begin)
+        return positions
+
+    @property
+    def cu_seqlens(self) -> NDArray[np.int32]:
+        """Where the documents of the one row begin, and its end, int32, (n + 1,)."""
+        assert len(self.input_ids) == 1, "only documents of one row lie end to end"
+        return np.append(self.documents[:, 1], self.documents[-1:, 2])
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """Lay examples end to end in one row, in the order given; nothing is padded.
+
+    Args:
+        examples: At least one.
+
+    Returns:
+        A batch of shape (1, T).
+    """
+    ends = np.cumsum([len(e.input_ids) for e in examples], dtype=np.int32)
+    begins = np.append(np.int32(0), ends[:-1])
+    return Batch(
+        np.concatenate([e.input_ids for e in examples], dtype=np.int64)[None],
+        np.concatenate([_labels(e) for e in examples])[None],
+        np.stack([np.zeros_like(ends), begins, ends], axis=1),
+        tuple(e.id for e in examples),
+    )
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Put examples into one batch, in the order given.
+    """Lay examples side by side, in the order given, filled up at the right to the longest.
 
     Args:
         examples: At least one.
         pad_id: Id to fill with; it is masked and never a target.
+
+    Returns:
+        A batch of shape (B, T).
     """
-    shape = len(examples), max(len(e.input_ids) for e in examples)  # (B, T)
+    lengths = np.array([len(e.input_ids) for e in examples], np.int32)
+    shape = len(examples), int(lengths.max())  # (B, T)
     input_ids = np.full(shape, pad_id, np.int64)
     labels = np.full(shape, UNTRAINED, np.int64)
-    attention_mask = np.zeros(shape, np.int64)
     for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = example.input_ids
-        labels[row, :length] = np.where(example.trained, example.input_ids, UNTRAINED)
-        attention_mask[row, :length] = 1
-    trained_tokens = sum(e.trained_tokens for e in examples)
-    return Batch(input_ids, labels, attention_mask, trained_tokens, tuple(e.id for e in examples))
+        input_ids[row, : lengths[row]] = example.input_ids
+        labels[row, : lengths[row]] = _labels(example)
+    rows = np.arange(len(examples), dtype=np.int32)
+    documents = np.stack([rows, np.zeros_like(rows), lengths], axis=1)
+    return Batch(input_ids, labels, documents, tuple(e.id for e in examples))
 
 
-def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Which examples make up each batch of an epoch.
-
-    Examples are shuffled, sorted by length within windows of 32 batches, cut into batches, and the batches
-    are shuffled. Each example comes once; at most one batch is short. The arguments alone decide the order.
-
-    Args:
-        lengths: Tokens of each example.
-        batch_size: Examples per batch.
-        seed: Not negative.
-        epoch: From 0.
-    """
-    random = np.random.default_rng([seed, epoch])
-    shuffled = random.permutation(len(lengths))
-    size = np.asarray(lengths)[shuffled]
-    window = batch_size * WINDOW_BATCHES
-    order = np.concatenate(
-        [shuffled[:0]]
-        + [
-            shuffled[start : start + window][np.argsort(size[start : start + window], kind="stable")]
-            for start in range(0, len(lengths), window)
-        ]
-    ).tolist()
-    found = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [found[i] for i in random.permutation(len(found))]
-
-
-def batches(
-    examples: Sequence[Example], batch_size: int, seed: int, epoch: int, pad_id: int
-) -> Iterator[Batch]:
-    """The batches of an epoch, made one at a time; see `batch_order` for their order."""
-    for indices in batch_order([len(e.input_ids) for e in examples], batch_size, seed, epoch):
-        yield collate([examples[i] for i in indices], pad_id)
-
-
-def steps_per_epoch(examples: int, batch_size: int, gradient_accumulation_steps: int = 1) -> int:
-    """Optimizer steps of one epoch; the last one may be short."""
-    return math.ceil(math.ceil(examples / batch_size) / gradient_accumulation_steps)
+def _labels(example: Example) -> NDArray[np.int64]:
+    """An example's targets, int64, (T,)."""
+    labels = np.where(example.trained, example.input_ids, UNTRAINED).astype(np.int64)
+    labels[0] = UNTRAINED
+    return labels

@@ -15,9 +15,10 @@ import torch
 
 from halfbyte.data.pack import UNTRAINED, collate
 from halfbyte.errors import EvaluateError, listed
-from halfbyte.evaluate.mode import measured
 from halfbyte.evaluate.statistics import Interval, Score, bootstrap_ratio
 from halfbyte.model.heads import head_route, trained_token_losses
+from halfbyte.model.inputs import model_inputs
+from halfbyte.model.mode import measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,11 +160,8 @@ def _batches(examples: Sequence[Example], batch_size: int, logit_bytes: int) -> 
 
 def _batch_losses(model: PreTrainedModel, examples: Sequence[Example], pad_id: int) -> Iterator[ItemLoss]:
     batch = collate(examples, pad_id)
-    input_ids, mask, labels = (
-        torch.from_numpy(each).to(model.device)
-        for each in (batch.input_ids, batch.attention_mask, batch.labels)
-    )
-    nll = trained_token_losses(model, input_ids, mask, labels)  # (P,)
+    labels = torch.from_numpy(batch.labels).to(model.device)
+    nll = trained_token_losses(model, model_inputs(batch, model.device), labels)  # (P,)
     row = (labels[:, 1:] != UNTRAINED).nonzero()[:, 0]  # (P,)
     sums = torch.zeros(len(examples), dtype=torch.float64, device=nll.device).index_add(0, row, nll)
     tokens = torch.bincount(row, minlength=len(examples))

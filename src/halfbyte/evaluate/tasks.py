@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import GenerationConfig
 
 from halfbyte.data.tokenise import padding_id
 from halfbyte.errors import EvaluateError
-from halfbyte.evaluate.mode import measured
 from halfbyte.evaluate.perplexity import Progress, distinct_examples
 from halfbyte.evaluate.statistics import Interval, Score, proportion
+from halfbyte.model.limits import Limits
+from halfbyte.model.mode import measured
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -188,9 +189,8 @@ def _prompt(example: Example) -> list[int]:
 
 def _context(model: PreTrainedModel) -> int:
     """Longest sequence the model's positions were made for."""
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) else np.iinfo(np.int64).max
+    positions = Limits.of(model).positions
+    return positions if positions is not None else sys.maxsize
 
 
 @contextmanager

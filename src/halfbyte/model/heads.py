@@ -12,6 +12,7 @@ head; a model that does anything unknown goes the other way from then on, and `h
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -85,8 +86,7 @@ def head_route(model: PreTrainedModel) -> HeadRoute:
 
 def trained_loss(
     model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
+    inputs: Mapping[str, Any],
     labels: Tensor,
     *,
     divisor: float,
@@ -96,10 +96,9 @@ def trained_loss(
 
     Args:
         model: A causal language model of transformers.
-        input_ids: (B, T) int64.
-        attention_mask: (B, T), 0 on padding; None where nothing is padded.
-        labels: (B, T) int64, aligned with `input_ids` (not shifted), `UNTRAINED` on untrained tokens. The label
-            of the first token has nothing before it that could predict it and is not used.
+        inputs: What the model is called with, as `model_inputs` gives it: `input_ids` (B, T) and the rest.
+        labels: (B, T) int64, aligned with `input_ids` (not shifted), `UNTRAINED` on untrained tokens and on the
+            first of each document, which nothing may predict.
         divisor: Trained tokens of the whole step.
         objective: What is minimised.
 
@@ -107,7 +106,7 @@ def trained_loss(
         Objective and plain cross-entropy, scalars in float32.
     """
     selected, targets = _positions(labels)
-    found = _before_logits(model, input_ids, attention_mask, selected)
+    found = _before_logits(model, inputs, selected)
     if isinstance(found, _Hidden):
         return head_loss(targets=targets, divisor=divisor, **objective._asdict(), **_arguments(found))
     loss = plain = F.cross_entropy(found, targets, reduction="sum")
@@ -119,9 +118,7 @@ def trained_loss(
     return HeadLoss(loss / divisor, plain.detach() / divisor)
 
 
-def trained_token_losses(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
-) -> Tensor:
+def trained_token_losses(model: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
     """The negative log-likelihood of each trained token, without gradient; arguments as for `trained_loss`.
 
     Returns:
@@ -129,14 +126,14 @@ def trained_token_losses(
     """
     selected, targets = _positions(labels)
     with torch.no_grad():
-        found = _before_logits(model, input_ids, attention_mask, selected)
+        found = _before_logits(model, inputs, selected)
         if isinstance(found, _Hidden):
             return token_losses(targets=targets, **_arguments(found))
         return F.cross_entropy(found, targets, reduction="none").double()
 
 
 def trained_logits(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    model: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits at the positions whose next label is trained, and those labels; arguments as for `trained_loss`.
 
@@ -148,7 +145,7 @@ def trained_logits(
         Logits (P, V) float32 and targets (P,) int64, in reading order of the rows.
     """
     selected, targets = _positions(labels)
-    return _logits(model, input_ids, attention_mask, selected), targets
+    return _logits(model, inputs, selected), targets
 
 
 def _positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,13 +195,11 @@ def _bend(config: PretrainedConfig) -> tuple[float | None, float]:
     return caps[0] if caps else None, math.prod(numbers(FACTORS)) / math.prod(numbers(DIVISORS))
 
 
-def _before_logits(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, selected: Tensor
-) -> _Hidden | Tensor:
+def _before_logits(model: PreTrainedModel, inputs: Mapping[str, Any], selected: Tensor) -> _Hidden | Tensor:
     """Hidden states and a dense head, or else logits (P, V) float32."""
     head = _dense_head(model)
     if isinstance(head, str):
-        return _logits(model, input_ids, attention_mask, selected)
+        return _logits(model, inputs, selected)
     taken: list[Tensor] = []
     shown = torch.linspace(-SHOWN_LOGITS, SHOWN_LOGITS, head.module.out_features)[None, None]  # (1, 1, V)
 
@@ -217,7 +212,7 @@ def _before_logits(
         head.module.register_forward_hook(lambda *_: shown),
     )
     try:
-        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits: Tensor = model(**inputs).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -227,7 +222,7 @@ def _before_logits(
     if len(taken) == 1 and _as_expected(logits, shown, head):
         return _Hidden(taken[0], head)
     _SHOWED[model] = f"{type(model).__name__} does something unknown to its logits"
-    return _logits(model, input_ids, attention_mask, selected)
+    return _logits(model, inputs, selected)
 
 
 def _as_expected(logits: Tensor, shown: Tensor, head: _Head) -> bool:
@@ -240,9 +235,7 @@ def _as_expected(logits: Tensor, shown: Tensor, head: _Head) -> bool:
     )
 
 
-def _logits(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, selected: Tensor
-) -> Tensor:
+def _logits(model: PreTrainedModel, inputs: Mapping[str, Any], selected: Tensor) -> Tensor:
     """Logits (P, V) float32 of the selected positions."""
     applied = False
 
@@ -254,7 +247,7 @@ def _logits(
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     hook = head.register_forward_pre_hook(select) if isinstance(head, nn.Module) else None
     try:
-        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits: Tensor = model(**inputs).logits
     finally:
         if hook is not None:
             hook.remove()

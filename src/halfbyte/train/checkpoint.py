@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from halfbyte.data.order import Position
 from halfbyte.model.saving import whole_folder, write_json
 
 STATE_FILE = "trainer_state.json"
@@ -26,6 +27,7 @@ class TrainerState:
         loss: Loss of the last step, None before the first.
         tokens: Tokens seen, without padding.
         seed: Seed of the run.
+        position: Which pass over which rows comes next.
         reason: Why it was written.
     """
 
@@ -35,6 +37,7 @@ class TrainerState:
     loss: float | None
     tokens: int
     seed: int
+    position: Position
     reason: str
 
 

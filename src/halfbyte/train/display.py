@@ -71,7 +71,8 @@ class Lines:
         left_s = record.seconds / record.step * (self._total - record.step)
         line = (
             f"step {record.step}/{self._total} ({record.step / self._total:.0%})  loss {record.loss:.4f}  "
-            f"{record.tokens_per_s:,.0f} tokens/s  {duration(left_s)} left"
+            f"{record.tokens_per_s:,.0f} tokens/s  {record.documents:,} rows, {record.fill:.0%} full  "
+            f"{duration(left_s)} left"
         )
         self._console.print(line, highlight=False, soft_wrap=True)
 
@@ -80,7 +81,7 @@ class Lines:
 
 
 class Bar:
-    """A live progress bar with loss, tokens per second and the time left.
+    """A live progress bar with loss, tokens per second, how full the passes are and the time left.
 
     Args:
         console: The terminal.
@@ -94,10 +95,11 @@ class Bar:
             MofNCompleteColumn(),
             TextColumn("loss [bold]{task.fields[loss]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[fill]} full"),
             TimeRemainingColumn(compact=True),
             console=console,
         )
-        self._task = self._progress.add_task("train", total=None, loss="-", speed="-")
+        self._task = self._progress.add_task("train", total=None, loss="-", speed="-", fill="-")
 
     def start(self, total_steps: int) -> None:
         """Show the empty bar."""
@@ -111,6 +113,7 @@ class Bar:
             completed=record.step,
             loss=f"{record.loss:.4f}",
             speed=f"{record.tokens_per_s:,.0f}",
+            fill=f"{record.fill:.0%}",
         )
 
     def stop(self) -> None:

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte.data.pack import batches, steps_per_epoch
+from halfbyte.data.order import Order, Packed, Position, Usage, order_of, passes_in, steps
+from halfbyte.data.pack import collate, pack
 from halfbyte.errors import TrainError
 from halfbyte.model.heads import PLAIN, Objective
+from halfbyte.model.isolation import prove_isolation
 from halfbyte.train.checkpoint import TrainerState, write_checkpoint
 from halfbyte.train.display import Display, Shown, Silent
 from halfbyte.train.interrupt import CtrlC, TrainInterrupted
@@ -68,6 +70,7 @@ class TrainResult:
         last_loss: Loss of the last step, before its update.
         tokens: Tokens seen, without padding.
         trained_tokens: Tokens that carried loss.
+        usage: How full the passes were.
         seconds: Wall time.
         tokens_per_s: `tokens` by `seconds`.
         peak_rss_bytes: Largest resident memory of the process so far; None where the system does not say.
@@ -80,6 +83,7 @@ class TrainResult:
     last_loss: float
     tokens: int
     trained_tokens: int
+    usage: Usage
     seconds: float
     tokens_per_s: float
     peak_rss_bytes: int | None
@@ -88,27 +92,38 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a run has.
+    """How many steps a run has, and over which rows each of them goes.
 
     Args:
-        micro_batches_per_epoch: Forward and backward passes of one epoch.
-        steps_per_epoch: Optimizer steps of one epoch; the last may hold fewer micro-batches.
+        order: The rows of each pass.
         total_steps: Optimizer steps of the run.
         warmup: Steps of rising learning rate.
     """
 
-    micro_batches_per_epoch: int
-    steps_per_epoch: int
+    order: Order
     total_steps: int
     warmup: int
 
     @classmethod
-    def of(cls, rows: int, config: TrainConfig) -> Plan:
-        """The plan for a number of rows; `max_steps` decides where it is set, else `epochs`."""
-        micro = steps_per_epoch(rows, config.batch_size)
-        per_epoch = steps_per_epoch(rows, config.batch_size, config.gradient_accumulation_steps)
-        total = config.max_steps if config.max_steps is not None else math.ceil(per_epoch * config.epochs)
-        return cls(micro, per_epoch, total, warmup_steps(total, config.warmup_ratio))
+    def of(cls, lengths: Sequence[int], config: TrainConfig, seed: int) -> Plan:
+        """The plan for rows of some lengths; `max_steps` decides where it is set, else `epochs`.
+
+        Raises:
+            ConfigError: HB102 where `batch_tokens` does not hold the longest row.
+            DataError: HB203 without rows.
+        """
+        order = order_of(lengths, config, seed)
+        total = config.max_steps
+        if total is None:
+            whole = int(config.epochs)
+            per_epoch = [
+                math.ceil(passes_in(order, epoch) / config.gradient_accumulation_steps)
+                for epoch in range(math.ceil(config.epochs))
+            ]
+            share = config.epochs - whole
+            part = math.ceil(round(share * per_epoch[-1], 6)) if share else 0  # 2.1 is not a whole 2.1
+            total = max(1, sum(per_epoch[:whole]) + part)
+        return cls(order, total, warmup_steps(total, config.warmup_ratio))
 
 
 def train(
@@ -128,13 +143,15 @@ def train(
         What was done; the metrics of every step are in the file it names.
 
     Raises:
+        ModelError: HB317 where rows are to be packed and the model cannot keep them apart.
         TrainError: HB501 or HB502 at the first loss or gradient that is not finite, with the weights of the
             step before saved; HB504, HB505 for what cannot be trained.
         TrainInterrupted: HB503 after Ctrl-C.
     """
-    loop = _Loop(
-        model, config, run, Plan.of(len(examples), config), RowNames({e.id: e.where for e in examples})
-    )
+    plan = Plan.of([len(e.input_ids) for e in examples], config, run.seed)
+    if config.packing:
+        prove_isolation(model)
+    loop = _Loop(model, config, run, plan, RowNames({e.id: e.where for e in examples}))
     torch.manual_seed(run.seed)
     with (
         _training_mode(model),
@@ -142,8 +159,8 @@ def train(
         MetricsFile(run.folder / "metrics.jsonl") as metrics,
         Shown(run.display, loop.plan.total_steps) as display,
     ):
-        for step_batches in _steps(examples, config, run, loop.plan):
-            record = loop.step(step_batches, ctrl_c)
+        for step in _steps(examples, config, run, loop.plan):
+            record = loop.step(step, ctrl_c)
             metrics.write(record)
             display.step(record)
             if (
@@ -155,18 +172,22 @@ def train(
     return loop.result()
 
 
-def _steps(
-    examples: Sequence[Example], config: TrainConfig, run: TrainRun, plan: Plan
-) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step, over as many epochs as it takes."""
-    left = plan.total_steps
-    for epoch in itertools.count():
-        order = iter(batches(examples, config.batch_size, run.seed, epoch, run.pad_id))
-        while step := list(itertools.islice(order, config.gradient_accumulation_steps)):
-            if left == 0:
-                return
-            left -= 1
-            yield step
+@dataclass(frozen=True)
+class _Step:
+    """The data of one optimizer step: its micro-batches, their room in tokens, and the position after it."""
+
+    batches: list[Batch]
+    room: int
+    after: Position
+
+
+def _steps(examples: Sequence[Example], config: TrainConfig, run: TrainRun, plan: Plan) -> Iterator[_Step]:
+    """The data of each optimizer step, over as many epochs as it takes."""
+    passes_per_step = config.gradient_accumulation_steps
+    for passes, after in itertools.islice(steps(plan.order, passes_per_step), plan.total_steps):
+        chosen = [[examples[i] for i in members] for members in passes]
+        batches = [pack(rows) if config.packing else collate(rows, run.pad_id) for rows in chosen]
+        yield _Step(batches, sum(map(plan.order.room, passes)), after)
 
 
 @contextmanager
@@ -190,9 +211,12 @@ class _Loop:
         self.objective = Objective(config.label_smoothing, config.z_loss)
         self.optimizer = build_optimizer(model, config)
         self.began = time.perf_counter()
-        self.micro_batches = 0
+        self.position = Position()
         self.tokens = 0
         self.trained = 0
+        self.documents = 0
+        self.passes = 0
+        self.room = 0
         self.first: StepRecord | None = None
         self.last: StepRecord | None = None
 
@@ -204,9 +228,9 @@ class _Loop:
     @property
     def epochs(self) -> float:
         """Passes over the data finished."""
-        return self.micro_batches / self.plan.micro_batches_per_epoch
+        return self.documents / len(self.plan.order.lengths)
 
-    def step(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> StepRecord:
+    def step(self, step: _Step, ctrl_c: CtrlC) -> StepRecord:
         """One optimizer step; the weights change only if all of it went well."""
         step_began = time.perf_counter()
         config, plan = self.config, self.plan
@@ -214,7 +238,7 @@ class _Loop:
             self.done, plan.total_steps, plan.warmup, config.schedule
         )
         try:
-            loss, grad_norm = self._gradient(micro_batches, ctrl_c)
+            loss, grad_norm = self._gradient(step.batches, ctrl_c)
         except TrainInterrupted:
             raise
         except TrainError as error:
@@ -225,7 +249,7 @@ class _Loop:
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return self._note(micro_batches, loss, grad_norm, lr, time.perf_counter() - step_began)
+        return self._note(step, loss, grad_norm, lr, time.perf_counter() - step_began)
 
     def _gradient(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> tuple[BatchLoss, float]:
         """The step's loss and clipped gradient norm, the gradient left in the parameters."""
@@ -258,15 +282,17 @@ class _Loop:
             fix="the weights so far are saved there; a run cannot be continued from them, only begun anew",
         )
 
-    def _note(
-        self, micro_batches: list[Batch], loss: BatchLoss, grad_norm: float, lr: float, step_s: float
-    ) -> StepRecord:
+    def _note(self, step: _Step, loss: BatchLoss, grad_norm: float, lr: float, step_s: float) -> StepRecord:
         """Count a finished step."""
-        tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
-        trained = sum(batch.trained_tokens for batch in micro_batches)
-        self.micro_batches += len(micro_batches)
+        tokens = sum(batch.tokens for batch in step.batches)
+        trained = sum(batch.trained_tokens for batch in step.batches)
+        documents = sum(len(batch.documents) for batch in step.batches)
+        self.position = step.after
         self.tokens += tokens
         self.trained += trained
+        self.documents += documents
+        self.passes += len(step.batches)
+        self.room += step.room
         self.last = StepRecord(
             step=self.done + 1,
             epoch=self.epochs,
@@ -275,6 +301,8 @@ class _Loop:
             grad_norm=grad_norm,
             trained_tokens=trained,
             tokens=tokens,
+            documents=documents,
+            fill=tokens / step.room,
             tokens_per_s=tokens / step_s,
             seconds=time.perf_counter() - self.began,
             peak_rss_bytes=peak_rss_bytes(),
@@ -292,6 +320,7 @@ class _Loop:
             loss=self.last.loss if self.last else None,
             tokens=self.tokens,
             seed=self.run.seed,
+            position=self.position,
             reason=reason,
         )
         folder = self.run.folder / "checkpoints" / f"step-{self.done:06d}"
@@ -311,6 +340,12 @@ class _Loop:
             last_loss=self.last.loss,
             tokens=self.tokens,
             trained_tokens=self.trained,
+            usage=Usage(
+                self.passes,
+                self.documents / self.passes,
+                self.plan.order.batch_tokens if isinstance(self.plan.order, Packed) else None,
+                self.tokens / self.room,
+            ),
             seconds=seconds,
             tokens_per_s=self.tokens / seconds,
             peak_rss_bytes=peak_rss_bytes(),

@@ -25,6 +25,9 @@ class StepRecord:
         grad_norm: Global L2 norm of the gradient before clipping.
         trained_tokens: Tokens that carry loss in this step.
         tokens: All tokens of the step, without padding.
+        documents: Rows of the step.
+        fill: `tokens` over what the step's passes have room for: the budget of packed ones, the positions of padded
+            ones.
         tokens_per_s: `tokens` by the step's wall time.
         seconds: Wall time since training began.
         peak_rss_bytes: Largest resident memory of the process so far; None where the system does not say.
@@ -39,6 +42,8 @@ class StepRecord:
     grad_norm: float
     trained_tokens: int
     tokens: int
+    documents: int
+    fill: float
     tokens_per_s: float
     seconds: float
     peak_rss_bytes: int | None

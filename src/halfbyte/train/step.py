@@ -14,6 +14,7 @@ import torch
 
 from halfbyte.errors import TrainError
 from halfbyte.model.heads import PLAIN, Objective, trained_loss
+from halfbyte.model.inputs import model_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,7 @@ def batch_loss(
 
     Args:
         model: Causal language model.
-        batch: Token ids, labels and attention mask, each (B, T).
+        batch: Packed or padded documents.
         divisor: Trained tokens of the whole step.
         objective: What is minimised.
 
@@ -57,14 +58,8 @@ def batch_loss(
         The objective with its gradient, and the plain cross-entropy.
     """
     device = next(model.parameters()).device
-    return trained_loss(
-        model,
-        torch.from_numpy(batch.input_ids).to(device),
-        torch.from_numpy(batch.attention_mask).to(device),
-        torch.from_numpy(batch.labels).to(device),
-        divisor=divisor,
-        objective=objective,
-    )
+    labels = torch.from_numpy(batch.labels).to(device)
+    return trained_loss(model, model_inputs(batch, device), labels, divisor=divisor, objective=objective)
 
 
 def trained_tokens(batches: Sequence[Batch], rows: RowNames) -> int:

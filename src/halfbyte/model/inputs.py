@@ -1,0 +1,44 @@
+"""A batch as the arguments of a transformers model.
+
+It owns the names under which a model is told where documents begin and end; it must not know losses or what a
+model makes of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from halfbyte.data.pack import Batch
+
+
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The arguments of a forward pass, without labels.
+
+    A packed batch goes in without an attention mask: its positions restart with every document, and the bounds of
+    the documents stand beside them for attention that reads those.
+
+    Args:
+        batch: One batch.
+        device: Where the model is.
+
+    Returns:
+        `input_ids` (B, T) int64; with padding `attention_mask` (B, T) int64; packed `position_ids` (1, T) int64,
+        `cu_seq_lens_q` and `cu_seq_lens_k` (n + 1,) int32, `max_length_q` and `max_length_k`.
+
+    Source: transformers, `FlashAttentionKwargs` and `masking_utils.find_packed_sequence_indices`.
+    """
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.input_ids).to(device), "use_cache": False}
+    if not batch.is_packed:
+        return inputs | {"attention_mask": torch.from_numpy(batch.attention_mask).to(device)}
+    bounds = torch.from_numpy(batch.cu_seqlens).to(device)
+    longest = int(batch.lengths.max())
+    return inputs | {
+        "attention_mask": None,
+        "position_ids": torch.from_numpy(batch.position_ids).to(device),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
