@@ -94,6 +94,8 @@ def test_written_settings_read_back_equal(tmp_path: Path) -> None:
         ("train: {max_length: 64}", "data.max_length"),
         ("methud: lora", "method"),
         ("batch_size: 1", "train.batch_size"),
+        ("sample_packing: true", "train.packing"),
+        ("packing: true", "train.packing"),
         ("quantisation: {format: nf4}", "quantization"),
         ("model_name_or_path: x", "model"),
     ],
@@ -106,7 +108,9 @@ def test_an_unknown_setting_is_refused_with_the_one_meant(tmp_path: Path, writte
 
 
 def test_an_unknown_setting_like_no_other_lists_what_is_known(tmp_path: Path) -> None:
-    assert "known here: epochs, max_steps, batch_size" in str(fault(tmp_path, LEAST + "train: {zzqx: 1}"))
+    assert "known here: epochs, max_steps, packing, batch_size" in str(
+        fault(tmp_path, LEAST + "train: {zzqx: 1}")
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,15 @@ def test_an_unknown_setting_like_no_other_lists_what_is_known(tmp_path: Path) ->
         ("train: {batch_size: true}", "`train.batch_size` got True, expected a valid integer"),
         ("train: {learning_rate: .nan}", "`train.learning_rate` got nan, expected a finite number"),
         ("train: {learning_rate: .inf}", "`train.learning_rate` got inf, expected a finite number"),
+        ("train: {batch_tokens: 1}", "`train.batch_tokens` got 1, expected greater than or equal to 2"),
+        (
+            "train: {packing: false, batch_tokens: 4096}",
+            "`train.batch_tokens` got 4096, expected null where train.packing is false: set train.batch_size",
+        ),
+        (
+            "train: {batch_tokens: 511}",
+            "`train.batch_tokens` got 511, expected at least the 512 of data.max_length: raise it, or lower",
+        ),
         ("train: {beta2: 1}", "`train.beta2` got 1, expected less than 1"),
         ("seed: -1", "`seed` got -1"),
         ("seed: 4294967296", "`seed` got 4294967296"),
@@ -134,6 +147,20 @@ def test_a_bad_value_is_refused_with_what_was_got_and_expected(
     error = fault(tmp_path, LEAST + written)
     assert error.code == "HB102"
     assert said in str(error)
+
+
+def test_a_pass_may_hold_just_the_longest_row(tmp_path: Path) -> None:
+    text = "model: m\ndata: {train: rows.jsonl, max_length: 64}\n"
+    assert load_config(write(tmp_path, text + "train: {batch_tokens: 64}")).train.batch_tokens == 64
+    said = str(fault(tmp_path, text + "train: {batch_tokens: 63}"))
+    assert "line 3: `train.batch_tokens` got 63, expected at least the 64 of data.max_length" in said
+
+
+def test_faults_between_sections_are_told_with_all_others(tmp_path: Path) -> None:
+    said = str(fault(tmp_path, LEAST + "seed: -1\nlora: {r: 0}\ntrain: {batch_tokens: 3}", "train.eps=["))
+    assert "4 fault(s)" in said
+    for part in ("`seed`", "`lora.r`", "`train.batch_tokens`", "train.eps=["):
+        assert part in said
 
 
 def test_zero_is_a_value_where_it_makes_sense(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from halfbyte import pipeline
 from halfbyte.config import Config, load_config
-from halfbyte.errors import ConfigError, DataError, EvaluateError
+from halfbyte.errors import ConfigError, DataError, EvaluateError, ModelError
 from halfbyte.pipeline import run
 from halfbyte.report.watch import Watch
 
@@ -253,6 +254,60 @@ def test_a_rehearsal_counts_and_writes_nothing(make: Make, tmp_path: Path) -> No
     assert len(rows.train.examples) == 24
     assert plan.total_steps == 12
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_the_model_has_no_positions_for_are_refused_before_its_weights_are_read(
+    make: Make, tmp_path: Path
+) -> None:
+    long = [{"text": "The cat ran. " * 200}, *({"text": f"The cat ran {n} times."} for n in range(9))]
+    config = make(
+        "data.max_length=600", "data.eval_fraction=0.3", rows="".join(json.dumps(row) + "\n" for row in long)
+    )
+    for attempt in (run, pipeline.rehearse, pipeline.evaluate):
+        with pytest.raises(DataError, match=r"HB212[\s\S]*512 tokens[\s\S]*rows\.jsonl:1: it has 600 tokens"):
+            attempt(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    pipeline.rehearse(make("data.max_length=512", "data.eval_fraction=0.3"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    make: Make, shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The folder of the small model with the larger one's tokenizer: its ids go up to 4,096, the embedding to 512."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(shared("models/stories260K-hf"), mixed, copy_function=shutil.copyfile)
+    mixed.chmod(0o755)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(shared(f"models/base-11m/{name}"), mixed / name)
+    config = make(f"model={mixed}")
+    for attempt in (run, pipeline.rehearse, pipeline.evaluate):
+        with pytest.raises(
+            DataError, match=r"HB213[\s\S]*of 32 rows hold ids outside of the model's 512 tokens"
+        ):
+            attempt(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_rows_that_would_see_each_other_are_refused_before_anything_is_measured(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    config = make()
+    with pytest.raises(ModelError, match=r"HB317[\s\S]*train\.packing to false"):
+        run(config)
+    assert not (Path(config.output_dir) / "eval").exists()
+    run(make("train.packing=false"), overwrite=True)
+
+
+def test_packed_and_padded_runs_come_to_much_the_same(make: Make) -> None:
+    packed = run(make("train.epochs=12")).summary
+    padded = run(make("train.epochs=12", "train.packing=false"), overwrite=True).summary
+    assert packed.training.usage.batch_tokens is not None
+    assert padded.training.usage.batch_tokens is None
+    losses = [next(c for c in s.changes if c.name == "loss") for s in (packed, padded)]
+    # Other rows meet in each step, so the two differ as two seeds do; both take off far more than half of the loss.
+    assert all(loss.after.value < 0.5 * loss.before.value for loss in losses)
+    assert packed.training.steps == pytest.approx(padded.training.steps, rel=0.2)
 
 
 def test_a_missing_plot_library_does_not_lose_a_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

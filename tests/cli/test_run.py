@@ -30,6 +30,7 @@ def test_run_prints_before_after_cost_files_and_use(call: Call, recipe: Path, tm
         "95 % intervals over 4 rows",
         "tokens/s",
         "at most for the whole process",
+        "% full, 4.0 rows each",
         f"{tmp_path}/run/adapter",
         "PeftModel.from_pretrained",
         'quantization="nf4"',
@@ -72,6 +73,8 @@ def test_a_dry_run_counts_and_writes_nothing(call: Call, recipe: Path, tmp_path:
     result = call("run", recipe, "--dry-run", "--json")
     facts = json.loads(result.stdout)
     assert (facts["train_rows"], facts["held_out_rows"], facts["steps"]) == (12, 4, 3)
+    assert (facts["first_epoch"]["passes"], facts["first_epoch"]["rows_per_pass"]) == (3, 4.0)
+    assert 0.5 < facts["first_epoch"]["fill"] <= 1.0
     assert "nothing was written" in call("run", recipe, "--dry-run").stdout
     assert not (tmp_path / "run").exists()
 

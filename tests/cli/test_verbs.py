@@ -80,6 +80,22 @@ def test_data_check_counts_and_names_bad_lines(call: Call, rows: Path) -> None:
     assert f"{rows}:18" in refused.stderr
 
 
+def test_data_check_with_a_model_counts_tokens_and_fills_passes(call: Call, rows: Path, model: Path) -> None:
+    arguments = ("data", "check", rows, "--model", model, "--set", "train.batch_tokens=40", "--set")
+    facts = json.loads(call(*arguments, "data.max_length=40", "--json").stdout)["tokens"]
+    assert 2 <= facts["lengths"]["shortest"] <= facts["lengths"]["longest"] <= 40
+    assert facts["passes"]["batch_tokens"] == 40
+    assert facts["passes"]["passes"] * facts["passes"]["rows_per_pass"] == pytest.approx(16)
+    assert 0.5 < facts["passes"]["fill"] <= 1.0
+    assert facts["cut"] == 0
+    shown = call(*arguments, "data.max_length=12").stdout
+    assert "16 rows cut at max_length" in shown
+    assert "of 40 tokens, 90.0% full, 3.0 rows each" in shown or "% full" in shown
+    refused = call(*arguments, "data.max_length=41")
+    assert refused.exit_code == 2
+    assert "HB102" in refused.stderr
+
+
 def test_data_show_brackets_what_is_trained(call: Call, rows: Path, model: Path) -> None:
     shown = call("data", "show", rows, "--model", model, "-n", "2").stdout
     assert "The cat [big]⟦ saw the cat.</s>⟧" in shown

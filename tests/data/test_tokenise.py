@@ -338,5 +338,8 @@ def test_a_broken_tokenizer_is_refused(
 
 
 def test_the_data_path_imports_neither_torch_nor_transformers() -> None:
-    program = "import sys, halfbyte.data.pack; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    program = (
+        "import sys, halfbyte.data.order, halfbyte.data.pack; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,24 +31,24 @@ def built(config: PretrainedConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def rows() -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids, mask and labels (3, 9) of rows of 9, 5 and 7 tokens, trained at the end, one from the start."""
+def rows() -> tuple[dict[str, Any], Tensor]:
+    """Inputs and labels (3, 9) of rows of 9, 5 and 7 tokens, trained at the end, one from the start."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, 61, (3, 9), generator=generator)
     mask, labels = torch.ones(3, 9, dtype=torch.long), torch.full((3, 9), UNTRAINED)
     for row, (begin, end) in enumerate([(4, 9), (0, 5), (6, 7)]):
         labels[row, begin:end] = input_ids[row, begin:end]
         mask[row, end:] = 0
-    return input_ids, mask, labels
+    return {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}, labels
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logits_are_those_of_the_whole_model(config: PretrainedConfig) -> None:
     model = built(config)
-    input_ids, mask, labels = rows()
-    logits, targets = trained_logits(model, input_ids, mask, labels)
+    inputs, labels = rows()
+    logits, targets = trained_logits(model, inputs, labels)
     positions = [(row, t) for row in range(3) for t in range(8) if labels[row, t + 1] != UNTRAINED]
-    whole = model(input_ids=input_ids, attention_mask=mask).logits
+    whole = model(**inputs).logits
     torch.testing.assert_close(
         logits, torch.stack([whole[at] for at in positions]), atol=LOGIT_TOLERANCE, rtol=0.0
     )
@@ -56,12 +58,12 @@ def test_logits_are_those_of_the_whole_model(config: PretrainedConfig) -> None:
 
 def test_loss_and_gradients_are_those_of_transformers() -> None:
     model = built(CONFIGS["llama"])
-    input_ids, mask, labels = rows()
-    theirs = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+    inputs, labels = rows()
+    theirs = model(**inputs, labels=labels).loss
     theirs.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    ours = F.cross_entropy(*trained_logits(model, input_ids, mask, labels))
+    ours = F.cross_entropy(*trained_logits(model, inputs, labels))
     ours.backward()
     torch.testing.assert_close(ours, theirs, atol=LOGIT_TOLERANCE, rtol=0.0)
     assert expected
@@ -79,11 +81,11 @@ def test_head_sees_only_the_positions_it_is_needed_for() -> None:
 
 def test_model_is_left_without_hooks_even_after_an_error() -> None:
     model = built(CONFIGS["llama"])
-    input_ids, mask, labels = rows()
+    inputs, labels = rows()
     with pytest.raises(IndexError):
-        trained_logits(model, input_ids + 61, mask, labels)
+        trained_logits(model, inputs | {"input_ids": inputs["input_ids"] + 61}, labels)
     assert not model.lm_head._forward_pre_hooks
-    assert model(input_ids=input_ids).logits.shape == (3, 9, 61)
+    assert model(**inputs).logits.shape == (3, 9, 61)
 
 
 def test_model_that_does_not_call_its_head_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.data.order import Usage
 from halfbyte.errors import EvaluateError
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.evaluate.perplexity import ItemLoss, LossResult
@@ -73,7 +74,9 @@ def test_unknown_ends_are_null_in_json(tmp_path: Path) -> None:
         setting=Setting("m", "lora", "plain", "float32", None, 1, 2, 8, 3, 1, 0, 0),
         changes=compare(single, single, resamples=200),
         samples=(),
-        training=TrainResult(1, 1.0, 2.0, 2.0, 3, 2, 0.5, 6.0, None, tmp_path / "metrics.jsonl"),
+        training=TrainResult(
+            1, 1.0, 2.0, 2.0, 3, 2, Usage(1, 1.0, None, 1.0), 0.5, 6.0, None, tmp_path / "metrics.jsonl"
+        ),
         phase_seconds={"train": 0.5},
         peak_rss_bytes=None,
     )

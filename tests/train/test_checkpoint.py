@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.data.order import Position
 from halfbyte.train.checkpoint import STATE_FILE, TrainerState, write_checkpoint
 
-STATE = TrainerState(step=3, total_steps=9, epoch=0.5, loss=1.25, tokens=77, seed=4, reason="save_steps")
+STATE = TrainerState(
+    step=3,
+    total_steps=9,
+    epoch=0.5,
+    loss=1.25,
+    tokens=77,
+    seed=4,
+    position=Position(1, 2, 3),
+    reason="save_steps",
+)
 
 
 def test_a_checkpoint_holds_weights_state_and_digests(tmp_path: Path) -> None:
@@ -28,6 +38,7 @@ def test_a_checkpoint_holds_weights_state_and_digests(tmp_path: Path) -> None:
         "loss": 1.25,
         "tokens": 77,
         "seed": 4,
+        "position": {"epoch": 1, "window": 2, "index": 3},
         "reason": "save_steps",
         "files_sha256": {"weights.bin": digest},
     }

@@ -20,6 +20,8 @@ def _record(step: int) -> StepRecord:
         grad_norm=1.0,
         trained_tokens=50,
         tokens=100,
+        documents=21,
+        fill=0.984,
         tokens_per_s=1234.5,
         seconds=2.0 * step,
         peak_rss_bytes=None,
@@ -38,7 +40,7 @@ def test_lines_show_first_every_nth_and_last_step() -> None:
             display.step(_record(step))
     lines = text.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/10", "4/10", "8/10", "10/10"]
-    assert lines[1] == "step 4/10 (40%)  loss 0.5000  1,234 tokens/s  0:12 left"
+    assert lines[1] == "step 4/10 (40%)  loss 0.5000  1,234 tokens/s  21 rows, 98% full  0:12 left"
 
 
 def test_a_terminal_gets_a_bar_with_loss_speed_and_percentage() -> None:
@@ -46,7 +48,7 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_percentage() -> None:
     with Shown(display_for(console, every=4), total_steps=10) as display:
         display.step(_record(5))
     shown = text.getvalue()
-    for part in ("50%", "5/10", "0.4000", "1,234 tokens/s"):
+    for part in ("50%", "5/10", "0.4000", "1,234 tokens/s", "98% full"):
         assert part in shown
 
 

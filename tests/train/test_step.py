@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from halfbyte.data.pack import Batch, collate
+from halfbyte.data.pack import Batch, collate, pack
 from halfbyte.data.tokenise import Example
 from halfbyte.errors import TrainError
+from halfbyte.model.loading import load
 from halfbyte.train.step import RowNames, accumulate, batch_loss, trained_tokens
 
 Build = Callable[[], PreTrainedModel]
@@ -121,6 +124,73 @@ def test_loss_and_gradient_equal_those_of_all_logits(
         _largest_difference(got, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
         <= FLOAT32_GRADIENT_TOLERANCE
     )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_changes_neither_loss_nor_gradient(
+    tiny_llama: Build, rows: list[Example], attention: str
+) -> None:
+    packed, padded = tiny_llama(), tiny_llama()
+    for model in (packed, padded):
+        model.set_attn_implementation(attention)
+    loss, gradients = _gradients(packed, [pack(rows[:3]), pack(rows[3:])])
+    expected_loss, expected = _gradients(padded, [collate(rows, pad_id=0)])
+    assert abs(loss - expected_loss) <= FLOAT32_LOSS_TOLERANCE * expected_loss
+    assert _largest_difference(gradients, expected) <= FLOAT32_GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["base-11m", "stories260K-hf", "capp-gpt-hf"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_changes_nothing_on_real_models(
+    shared: Callable[[str], Path], name: str, attention: str
+) -> None:
+    """Two rotary models with grouped heads, and GPT-2 with learned positions; 7 rows of 1 to 64 tokens."""
+    random = np.random.default_rng(0)
+
+    def gradients(batch_of: Callable[[list[Example]], Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+        model = load(shared(f"models/{name}"), quantization=None, dtype=torch.float32)
+        model.set_attn_implementation(attention)
+        return _gradients(model, [batch_of(examples)])
+
+    vocabulary = {"base-11m": 4096, "stories260K-hf": 512, "capp-gpt-hf": 53}[name]
+    examples = [
+        Example(
+            input_ids=random.integers(0, vocabulary, length).astype(np.int32),
+            trained=np.arange(length) >= length // 3,
+            prompt_ids=None,
+            answer=None,
+            id=f"{length:016x}",
+            where=f"rows.jsonl:{length}",
+            truncated=False,
+        )
+        for length in (5, 1, 33, 17, 64, 2, 21)
+    ]
+    loss, packed = gradients(pack)
+    expected_loss, padded = gradients(lambda rows: collate(rows, pad_id=0))
+    assert abs(loss - expected_loss) <= FLOAT32_LOSS_TOLERANCE * expected_loss
+    # Up to 6 layers of 7 chained products each instead of 10 in all: 42 + 100 half units, with the factor from above.
+    assert _largest_difference(packed, padded) <= 8 * 142 * 2.0**-24
+
+
+@pytest.mark.parametrize(
+    "leak", ["positions that go on", "labels that cross", "attention to all that came before"]
+)
+def test_rows_that_leak_into_each_other_would_be_seen(
+    tiny_llama: Build, rows: list[Example], monkeypatch: pytest.MonkeyPatch, leak: str
+) -> None:
+    """The planted bugs: what packing without isolation does, in each of its ways."""
+    _, expected = _gradients(tiny_llama(), [collate(rows, pad_id=0)])
+    batch = pack(rows)
+    if leak == "attention to all that came before":
+        monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    elif leak == "positions that go on":
+        through = np.arange(batch.input_ids.size)[None]
+        monkeypatch.setattr(Batch, "position_ids", property(lambda self: through))
+    else:
+        np.copyto(batch.labels, np.concatenate([np.where(e.trained, e.input_ids, -100) for e in rows])[None])
+        batch.labels[0, batch.cu_seqlens[1:-1]] = batch.input_ids[0, batch.cu_seqlens[1:-1]]
+    _, leaking = _gradients(tiny_llama(), [batch])
+    assert _largest_difference(leaking, expected) > 100 * FLOAT32_GRADIENT_TOLERANCE
 
 
 def test_padding_does_not_change_the_loss(tiny_llama: Build, rows: list[Example]) -> None:

@@ -1,7 +1,7 @@
 """Which examples make up each forward and backward pass, epoch after epoch, and where a run stands in that order.
 
-It owns the shuffling, the choice of examples that fill a pass, and the position a run continues from; it must
-not know tokens or arrays, only how long each example is.
+It owns the shuffling, the choice of examples that fill a pass, and the position a run continues from; of the
+examples it must not know more than their length.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PADDED_WINDOW = 32
 """Batches of rows sorted by length together: enough for little padding, few enough to stay shuffled."""
 
 PACKED_WINDOW = 64
-"""Passes packed together. Each window leaves about one pass part-filled, so 64 of them are 98.4 to 98.8 % full on
-Alpaca's lengths for budgets of 512 to 4,096 tokens (`bench/packing.py`; 32 of them 97.2 to 97.7 %); more would add
-less than 1 % and let length decide ever more which rows meet: one window for all rows would bring the same ones
-together in every epoch."""
+"""Passes packed together. Each window leaves about one pass part-filled, so on Alpaca's lengths passes are 98.3 to
+98.7 % full for budgets of 512 to 4,096 tokens (`bench/packing.py`), and 97.2 to 97.7 % in windows of 32. Larger
+windows add less than 1 % and let length decide ever more which rows meet: one for all rows would bring nearly the same
+ones together in every epoch."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Order(Protocol):
         """Tokens that a pass could hold at no more cost."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Padded:
     """A fixed number of rows per pass, of similar length, so that little is padded.
 
@@ -101,7 +101,7 @@ class Padded:
         return len(members) * int(self.lengths[members].max())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A fixed budget of tokens per pass, filled with as many rows as fit.
 

@@ -50,7 +50,7 @@ class Limits:
             DataError: HB213 for token ids beyond the vocabulary, HB212 for rows longer than its positions; each
                 names every such row.
         """
-        self._refuse(
+        _refuse(
             "HB213",
             [(e, _strange_ids(e, self)) for e in examples],
             f"hold ids outside of the model's {self.vocabulary:,} tokens"
@@ -59,17 +59,22 @@ class Limits:
         )
         if self.positions is not None:
             context = self.positions
-            self._refuse(
+            _refuse(
                 "HB212",
-                [(e, f"{len(e.input_ids):,} tokens" * (len(e.input_ids) > context)) for e in examples],
+                [
+                    (e, f"it has {len(e.input_ids):,} tokens" if len(e.input_ids) > context else "")
+                    for e in examples
+                ],
                 f"are longer than the model's context of {context:,} tokens",
                 f"set data.max_length to {context} or less",
             )
 
-    def _refuse(self, code: str, found: Sequence[tuple[Example, str]], what: str, fix: str) -> None:
-        faults = [f"{example.where}: {fault}" for example, fault in found if fault]
-        if faults:
-            raise DataError(code, f"{len(faults)} of {len(found)} rows {what}" + listed(faults), fix=fix)
+
+def _refuse(code: str, found: Sequence[tuple[Example, str]], what: str, fix: str) -> None:
+    """Raise with every row that has a fault, if there is one."""
+    faults = [f"{example.where}: {fault}" for example, fault in found if fault]
+    if faults:
+        raise DataError(code, f"{len(faults)} of {len(found)} rows {what}" + listed(faults), fix=fix)
 
 
 def _strange_ids(example: Example, limits: Limits) -> str:
@@ -81,4 +86,5 @@ def _strange_ids(example: Example, limits: Limits) -> str:
         ids[(ids < 0) | (ids >= limits.vocabulary)], targets[(targets < 0) | (targets >= limits.outputs)]
     )
     more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
-    return ("ids " + ", ".join(map(str, strange[:5].tolist())) + more) if len(strange) else ""
+    named = ", ".join(map(str, strange[:5].tolist()))
+    return f"it holds the ids {named}{more}" if len(strange) else ""
