@@ -29,8 +29,8 @@ PADDED_WINDOW = 32
 PACKED_WINDOW = 64
 """Passes packed together. Each window leaves about one pass part-filled, so on Alpaca's lengths passes are 98.3 to
 98.7 % full for budgets of 512 to 4,096 tokens (`bench/packing.py`), and 97.2 to 97.7 % in windows of 32. Larger
-windows add less than 1 % and let length decide ever more which rows meet: one for all rows would bring nearly the same
-ones together in every epoch."""
+windows add less than 1 % and let length decide ever more which rows meet: one for all rows would bring nearly
+the same ones together in every epoch."""
 
 
 @dataclass(frozen=True)

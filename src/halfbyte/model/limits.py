@@ -81,6 +81,8 @@ def _strange_ids(example: Example, limits: Limits) -> str:
     """The ids of a row that the model has no embedding or no output for, in words; "" for none."""
     prompt = example.prompt_ids if example.prompt_ids is not None else example.input_ids[:0]
     ids = np.concatenate([example.input_ids, prompt])
+    if ids.min(initial=0) >= 0 and ids.max(initial=0) < min(limits.vocabulary, limits.outputs):
+        return ""
     targets = example.input_ids[example.trained]
     strange = np.union1d(
         ids[(ids < 0) | (ids >= limits.vocabulary)], targets[(targets < 0) | (targets >= limits.outputs)]
