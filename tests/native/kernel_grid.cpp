@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "../../native/attention.hpp"
 #include "../../native/dispatch.hpp"
 #include "../../native/loss.hpp"
 #include "../../native/parallel.hpp"
@@ -184,6 +185,83 @@ void loss_grid(const Kernels& kernels) {
             }
 }
 
+struct Attended {
+    std::vector<float> out, lse, dq, dk, dv;
+};
+
+// Heads of tokens that stand next to each other, in a buffer of exactly their size.
+Attended attend(const Kernels& kernels, Attention what, std::int64_t B, int threads) {
+    const std::int64_t queries = B * what.T * what.H * what.D, keys = B * what.T * what.Hkv * what.D;
+    Buffer q = random_numbers(queries, what.type, 5), k = random_numbers(keys, what.type, 6);
+    Buffer v = random_numbers(keys, what.type, 7), dout = random_numbers(queries, what.type, 8);
+    Buffer out(queries, what.type), dq(queries, what.type), dk(keys, what.type), dv(keys, what.type);
+    std::vector<float> lse(static_cast<std::size_t>(B * what.H * what.T));
+    const auto of = [&](Buffer& buffer, std::int64_t heads) {
+        return Heads{buffer.data(), what.T * heads * what.D, heads * what.D, what.D};
+    };
+    attention(kernels, what, of(q, what.H), of(k, what.Hkv), of(v, what.Hkv), of(out, what.H), lse.data(),
+              threads);
+    attention_grad(kernels, what, of(dout, what.H), of(q, what.H), of(k, what.Hkv), of(v, what.Hkv),
+                   of(out, what.H), lse.data(), of(dq, what.H), of(dk, what.Hkv), of(dv, what.Hkv), threads);
+    return {widened(out, queries, what.type), lse, widened(dq, queries, what.type),
+            widened(dk, keys, what.type), widened(dv, keys, what.type)};
+}
+
+void attentions(const Kernels& kernels, std::int64_t T, std::int64_t D, Type type) {
+    const std::int32_t half = static_cast<std::int32_t>(T / 2), all = static_cast<std::int32_t>(T);
+    const std::int32_t documents[] = {0, 0, all, 1, 0, half, 1, half, all};
+    for (const std::int64_t window : {0, 3, 70}) {
+        const Attention what{.type = type,
+                             .T = T,
+                             .H = 3,
+                             .Hkv = T % 2 == 0 ? 3 : 1,
+                             .D = D,
+                             .documents = documents,
+                             .count = T > 1 ? 3 : 1,
+                             .scale = 0.3f,
+                             .causal = window > 0 || T % 3 != 0,
+                             .window = window};
+        const Attended expected = attend(*portable_kernels(), what, 2, 1), got = attend(kernels, what, 2, 3);
+        const int t = static_cast<int>(type);
+        // Numbers are of the order of 1, gradients of keys sum up to T of them: bf16 rounds to 2^-8 of that.
+        const double tolerance = (type == Type::f32 ? 1e-4 : 0.02) * (2 + std::sqrt(static_cast<double>(T)));
+        check(farthest(got.lse, expected.lse) < 1e-3, "lse", kernels.name, T, D, t, 0);
+        const struct {
+            const char* name;
+            const std::vector<float>&got, &expected;
+        } results[] = {{"attention", got.out, expected.out},
+                       {"attention dq", got.dq, expected.dq},
+                       {"attention dk", got.dk, expected.dk},
+                       {"attention dv", got.dv, expected.dv}};
+        for (const auto& result : results) {
+            const double off = farthest(result.got, result.expected);
+            check(off < tolerance, result.name, kernels.name, T, D, t, off);
+        }
+    }
+}
+
+// 2^x of every score from -130 to 120 in steps of 1/512, and of the ends.
+void exponentials(const Kernels& kernels) {
+    std::vector<float> scores(kPanel), sums(kPanel), shift(kPanel), expected(kPanel);
+    double most = 0;
+    for (int n = -130 * 512; n < 120 * 512; n += kPanel) {
+        for (int j = 0; j < kPanel; ++j)
+            scores[static_cast<std::size_t>(j)] = static_cast<float>(n + j) / 512.0f;
+        expected = scores;
+        kernels.softmax.exponentials(scores.data(), 1, kPanel, 1.0f, shift.data(), sums.data());
+        for (std::size_t j = 0; j < kPanel; ++j) {
+            const double exact = expected[j] < -126 ? 0 : std::exp2(static_cast<double>(expected[j]));
+            const double off = exact == 0 ? scores[j] : std::fabs(scores[j] / exact - 1);
+            if (!(off <= most)) most = off;
+        }
+    }
+    check(most < 0x1p-22, "exponentials", kernels.name, 0, 0, 0, most);
+    scores[0] = -INFINITY, scores[1] = NAN, scores[2] = 0;
+    kernels.softmax.exponentials(scores.data(), 1, 16, 1.0f, shift.data(), sums.data());
+    check(scores[0] == 0 && std::isnan(scores[1]) && scores[2] == 1, "exponentials at the ends", kernels.name,
+          0, 0, 0, 0);
+}
+
 void conversions(const Kernels& kernels) {
     std::vector<float> numbers;
     for (std::uint32_t high = 0; high < 0x10000; ++high)
@@ -224,6 +302,11 @@ int main(int argc, char** argv) {
         for (const auto& shape : shapes)
             for (const Type type : {Type::f32, Type::bf16, Type::f16})
                 grid(*set.kernels, shape[0], shape[1], type);
+        exponentials(*set.kernels);
+        const std::int64_t tokens[][2] = {{1, 1}, {3, 8}, {70, 33}, {129, 64}, {200, 80}, {66, 130}};
+        for (const auto& shape : tokens)
+            for (const Type type : {Type::f32, Type::bf16, Type::f16})
+                attentions(*set.kernels, shape[0], shape[1], type);
         std::printf("%s: %d differences so far\n", set.name, failures);
     }
     if (argc > 1 && std::strcmp(argv[1], "--overrun") == 0) {  // shows that the sanitizer is awake

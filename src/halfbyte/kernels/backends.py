@@ -43,6 +43,8 @@ OPERATIONS = (
     "gated_backward",
     "gated_backward_in_place",
     "loss_rows",
+    "attention",
+    "attention_grad",
 )
 
 

@@ -14,6 +14,7 @@ from halfbyte.kernels.cpu.activations import (
     gated_backward_in_place,
     gated_forward,
 )
+from halfbyte.kernels.cpu.attention import attention, attention_grad
 from halfbyte.kernels.cpu.calls import DTYPES
 from halfbyte.kernels.cpu.linear import linear, linear_grad
 from halfbyte.kernels.cpu.loss import loss_rows
@@ -37,6 +38,8 @@ __all__ = [
     "activation_backward",
     "activation_forward",
     "add_rms_norm_forward",
+    "attention",
+    "attention_grad",
     "block_scales",
     "dequantize_4bit",
     "encode_4bit",

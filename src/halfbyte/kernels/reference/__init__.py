@@ -20,6 +20,7 @@ from halfbyte.kernels.reference.norms import (
     rms_norm_forward,
 )
 from halfbyte.kernels.reference.rotary import rotate, rotate_into
+from halfbyte.kernels.reference.attention import attention, attention_grad
 from halfbyte.kernels.reference.weights import (
     block_scales,
     dequantize_4bit,
@@ -31,6 +32,8 @@ __all__ = [
     "activation_backward",
     "activation_forward",
     "add_rms_norm_forward",
+    "attention",
+    "attention_grad",
     "block_scales",
     "dequantize_4bit",
     "encode_4bit",
