@@ -360,6 +360,7 @@ const Kernels* avx2_kernels() {
         k.decode_wide = decode_wide;
         k.transpose = transpose;
         k.multiply = multiply;
+        k.dot = dot;
         k.interleave = plain::interleave;
         k.add = plain::add;
         k.multiply_rows = multiply_rows;

@@ -156,6 +156,14 @@ struct Kernels {
                            const std::uint32_t* panel, std::int64_t columns, std::int64_t depth, bool add,
                            float* sums);
 
+    // sums[i] += sum over k < count of a[i * stride + k] * w[k], i < rows <= kFewRows. Numbers are floats.
+    void (*dot)(const float* w, const float* a, std::int64_t stride, int rows, std::int64_t count,
+                float* sums);
+
+    // The same with bf16 numbers, or null where the instruction set has no such product.
+    void (*dot_bf16)(const std::uint16_t* w, const std::uint16_t* a, std::int64_t stride, int rows,
+                     std::int64_t count, float* sums);
+
     // `rows` rows of `cols` activations in the form that `multiply_rows` reads: rows * cols floats or less.
     void (*prepare_rows)(const void* numbers, Type type, int rows, std::int64_t cols, void* prepared);
 

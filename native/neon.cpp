@@ -159,6 +159,7 @@ const Kernels* neon_kernels() {
         k.decode = decode;
         k.decode_wide = decode_wide;
         k.multiply = multiply;
+        k.dot = dot;
         k.decode_pairs = plain::decode_pairs;
         k.interleave = plain::interleave;
         k.add = plain::add;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,12 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
     return input_ids, mask, labels
 
 
+def given() -> tuple[dict[str, Any], Tensor]:
+    """The same as what a model is called with, and labels."""
+    input_ids, mask, labels = rows()
+    return {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}, labels
+
+
 def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
     """Those of parameters that the loss depends on; a key's bias shifts all scores of a query alike, so not on it."""
     model.zero_grad()
@@ -89,11 +96,11 @@ def test_loss_and_gradients_are_the_model_s_own(config: PretrainedConfig) -> Non
     model = built(config)
     input_ids, mask, labels = rows()
     theirs = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
-    ours = trained_loss(model, input_ids, mask, labels, divisor=10)
+    ours = trained_loss(model, *given(), divisor=10)
     assert head_route(model).way == "dense"
     assert ours.objective == ours.cross_entropy
     assert_same(model, ours.objective, theirs)
-    nll = trained_token_losses(model, input_ids, mask, labels)
+    nll = trained_token_losses(model, *given())
     assert nll.shape == (10,)
     assert abs(nll.mean().item() - theirs.item()) <= LOSS_TOLERANCE
 
@@ -110,7 +117,7 @@ def test_the_head_has_nothing_to_multiply() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Linear, "forward", counting)
-        trained_loss(model, *rows(), divisor=10)
+        trained_loss(model, *given(), divisor=10)
     assert seen == [0]
 
 
@@ -126,11 +133,15 @@ def test_what_a_model_does_to_its_logits_is_seen_when_its_configuration_does_not
     input_ids, mask, labels = rows()
     assert head_route(model).way == "dense"
     theirs = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
-    assert_same(model, trained_loss(model, input_ids, mask, labels, divisor=10).objective, theirs)
+    assert_same(
+        model,
+        trained_loss(model, *given(), divisor=10).objective,
+        theirs,
+    )
     assert head_route(model) == ("logits", f"{type(model).__name__} does something unknown to its logits")
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    trained_loss(model, input_ids, mask, labels, divisor=10)
+    trained_loss(model, *given(), divisor=10)
     assert len(calls) == 1, "from the second time on the model runs once"
 
 
@@ -149,7 +160,7 @@ def test_a_model_that_multiplies_with_its_head_s_weight_by_itself_gives_the_same
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "forward", forward)
         patch.setattr(model, "get_output_embeddings", lambda: head)
-        ours = trained_loss(model, input_ids, mask, labels, divisor=10)
+        ours = trained_loss(model, *given(), divisor=10)
         assert head_route(model) == ("logits", "LlamaForCausalLM does not call its head")
     assert abs(ours.objective.item() - theirs.item()) <= LOSS_TOLERANCE
 
@@ -179,9 +190,9 @@ def test_other_heads_go_through_their_logits(change, why: str) -> None:
     assert why in head_route(model).why
     input_ids, mask, labels = rows()
     theirs = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
-    ours = trained_loss(model, input_ids, mask, labels, divisor=10)
+    ours = trained_loss(model, *given(), divisor=10)
     assert_same(model, ours.objective, theirs)
-    nll = trained_token_losses(model, input_ids, mask, labels)
+    nll = trained_token_losses(model, *given())
     assert abs(nll.mean().item() - theirs.item()) <= LOSS_TOLERANCE
 
 
@@ -189,12 +200,12 @@ def test_both_ways_minimise_the_same() -> None:
     model, other = built(CONFIGS["llama"]), built(CONFIGS["llama"])
     other.lm_head.register_forward_hook(lambda *_: None)
     objective = Objective(label_smoothing=0.2, z_loss=0.01)
-    dense = trained_loss(model, *rows(), divisor=10, objective=objective)
-    logits = trained_loss(other, *rows(), divisor=10, objective=objective)
+    dense = trained_loss(model, *given(), divisor=10, objective=objective)
+    logits = trained_loss(other, *given(), divisor=10, objective=objective)
     assert (head_route(model).way, head_route(other).way) == ("dense", "logits")
     assert dense.objective.item() == pytest.approx(logits.objective.item(), abs=LOSS_TOLERANCE)
     assert dense.cross_entropy.item() == pytest.approx(logits.cross_entropy.item(), abs=LOSS_TOLERANCE)
-    plain = trained_loss(model, *rows(), divisor=10).objective.item()
+    plain = trained_loss(model, *given(), divisor=10).objective.item()
     assert dense.cross_entropy.item() == pytest.approx(plain, abs=LOSS_TOLERANCE)
     assert dense.objective.item() > plain + 0.01
     expected = gradients(other, logits.objective)
@@ -208,7 +219,7 @@ def test_full_training_in_16_bits_keeps_its_head_s_gradient_in_32() -> None:
     input_ids, mask, labels = rows()
     with torch.autocast("cpu", torch.bfloat16):
         theirs = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
-        ours = trained_loss(model, input_ids, mask, labels, divisor=10).objective
+        ours = trained_loss(model, *given(), divisor=10).objective
     # Logits below 10, rounded to 8 bits at different places of the same computation.
     assert abs(ours.item() - theirs.item()) <= 2 * 10 * 2.0**-8
     got, expected = gradients(model, ours), gradients(model, theirs)
@@ -224,7 +235,7 @@ def test_model_is_left_without_hooks_even_after_an_error() -> None:
     model = built(CONFIGS["llama"])
     input_ids, mask, labels = rows()
     with pytest.raises(IndexError):
-        trained_loss(model, input_ids + V, mask, labels, divisor=10)
+        trained_loss(model, {"input_ids": input_ids + V, "attention_mask": mask}, labels, divisor=10)
     assert not model.lm_head._forward_pre_hooks
     assert not model.lm_head._forward_hooks
     assert model(input_ids=input_ids).logits.shape == (3, 9, V)
@@ -242,7 +253,7 @@ def test_a_real_model_s_loss_and_lora_gradients_are_its_own(shared, dtype: torch
     input_ids = torch.randint(10, model.config.vocab_size, (3, 65), generator=generator)
     labels = input_ids.masked_fill(torch.arange(65) < 20, UNTRAINED)
     theirs = model(input_ids=input_ids, labels=labels).loss
-    ours = trained_loss(model, input_ids, None, labels, divisor=3 * 45)
+    ours = trained_loss(model, {"input_ids": input_ids, "use_cache": False}, labels, divisor=3 * 45)
     assert head_route(model).way == "dense"
     # In 16 bits every product and every gradient between layers is rounded to 2^-8; ours differs from theirs in the
     # gradient of the logits alone, rounded once here and there, so in one rounding of ~1000 that partly cancel.

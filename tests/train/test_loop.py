@@ -212,7 +212,7 @@ def _padded_losses(model: PreTrainedModel, rows: list[Example], config: TrainCon
     factors = [(step + 1) / (plan.warmup + 1) for step in range(plan.warmup)]
     for step, (passes, _) in enumerate(itertools.islice(steps(plan.order, 2), plan.total_steps)):
         batch = collate([rows[i] for members in passes for i in members], 0)
-        loss = loss_sum(model, batch) / batch.trained_tokens
+        loss = batch_loss(model, batch, batch.trained_tokens).objective
         loss.backward()
         losses.append(loss.item())
         optimizer.param_groups[0]["lr"] = config.learning_rate * (

@@ -89,7 +89,7 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(  # noqa: PLR0917, the tensors a backward pass needs
+def attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

@@ -69,7 +69,7 @@ def describe() -> list[Choice]:
                 choices.append(Choice(operation, name, "reference", notice() or ""))
             else:
                 isa = native.active()
-                multiply = operation.startswith("linear") and dtype is torch.bfloat16
+                multiply = operation.startswith(("linear", "attention")) and dtype is torch.bfloat16
                 bf16 = "vdpbf16ps products" if multiply and isa == "avx512_bf16" else "float32 arithmetic"
                 choices.append(Choice(operation, name, f"native/{isa}", bf16))
     return choices

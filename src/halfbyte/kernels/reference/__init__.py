@@ -10,6 +10,7 @@ from halfbyte.kernels.reference.activations import (
     gated_backward_in_place,
     gated_forward,
 )
+from halfbyte.kernels.reference.attention import attention, attention_grad
 from halfbyte.kernels.reference.linear import linear, linear_grad
 from halfbyte.kernels.reference.loss import loss_rows
 from halfbyte.kernels.reference.norms import (
@@ -20,7 +21,6 @@ from halfbyte.kernels.reference.norms import (
     rms_norm_forward,
 )
 from halfbyte.kernels.reference.rotary import rotate, rotate_into
-from halfbyte.kernels.reference.attention import attention, attention_grad
 from halfbyte.kernels.reference.weights import (
     block_scales,
     dequantize_4bit,
