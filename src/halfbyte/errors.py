@@ -57,6 +57,8 @@ CODES: dict[str, str] = {
     "HB323": "Adapter cannot be read",
     "HB324": "Adapter uses an unsupported feature",
     "HB325": "Adapter does not fit the model",
+    "HB330": "Packed documents see each other",
+    "HB331": "Attention has a feature that nothing here computes",
     "HB401": "Weight cannot be quantised",
     "HB402": "Operation got a tensor it does not accept",
     "HB404": "Unknown backend or instruction set",

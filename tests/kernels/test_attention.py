@@ -11,7 +11,6 @@ from torch import Tensor
 from halfbyte.errors import KernelError
 from halfbyte.kernels import reference
 from halfbyte.kernels.attention import attention, attention_backward, attention_forward
-from halfbyte.kernels.reference.attention import visible
 from halfbyte.kernels.scope import Saved, Scope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,7 +91,7 @@ class Exact:
         T, D = inputs.q.shape[1], inputs.q.shape[3]
         q, dout = (t.double().transpose(1, 2) for t in (inputs.q, inputs.dout))
         k, v = (t.double().transpose(1, 2).repeat_interleave(self.group, 1) for t in (inputs.k, inputs.v))
-        seen = visible(inputs.scope, 2, T)[:, None]
+        seen = inputs.scope.visible(2, T)[:, None]
         scores = (q @ k.mT * inputs.scale).masked_fill(~seen, -torch.inf)
         weights = torch.softmax(scores, -1).masked_fill(~seen, 0.0)  # (B, H, T, T)
         norms = q.norm(dim=-1).max() * k.norm(dim=-1).max() * inputs.scale

@@ -1,6 +1,6 @@
 """Who sees whom in attention, and what its backward pass needs, as every backend gets them.
 
-It owns these two records and the check of documents; it must not know how attention is computed.
+It owns these two records and what documents mean; it must not know how attention is computed.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from halfbyte.errors import KernelError
@@ -43,6 +44,23 @@ class Scope(NamedTuple):
             if before[0] == after[0] and after[1] < before[2]:
                 what = f"attention: documents {before} and {after} overlap"
                 raise KernelError("HB402", what, fix="give every token to at most one document")
+
+    def visible(self, B: int, T: int) -> Tensor:
+        """Which token sees which, as the whole matrix.
+
+        Returns:
+            (B, T, T) bool; entry (b, i, j) says whether token i of row b sees token j.
+        """
+        document = torch.full((B, T), -1)
+        for number, (row, first, end) in enumerate(self.documents.tolist()):
+            document[row, first:end] = number
+        seen = (document[:, :, None] == document[:, None, :]) & (document[:, :, None] >= 0)
+        behind = torch.arange(T)[:, None] - torch.arange(T)[None, :]  # i - j
+        if self.causal:
+            seen = seen & (behind >= 0)
+        if self.window:
+            seen = seen & (behind < self.window)
+        return seen
 
 
 class Saved(NamedTuple):

@@ -11,24 +11,6 @@ from torch import Tensor
 from halfbyte.kernels.scope import Saved, Scope
 
 
-def visible(scope: Scope, B: int, T: int) -> Tensor:
-    """Which token sees which.
-
-    Returns:
-        (B, T, T) bool; entry (b, i, j) says whether token i of row b sees token j.
-    """
-    document = torch.full((B, T), -1)
-    for number, (row, first, end) in enumerate(scope.documents.tolist()):
-        document[row, first:end] = number
-    seen = (document[:, :, None] == document[:, None, :]) & (document[:, :, None] >= 0)
-    behind = torch.arange(T)[:, None] - torch.arange(T)[None, :]  # i - j
-    if scope.causal:
-        seen = seen & (behind >= 0)
-    if scope.window:
-        seen = seen & (behind < scope.window)
-    return seen
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
     """Scores, softmax over what is seen, and the weighted sum of the values, in float32 (float64 for float64).
 
@@ -36,7 +18,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scope: Scope) -> tuple[Tensor, Te
         (B, T, H, D) in q's dtype and the logarithms of the sums of exponentials, (B, H, T); 0 and -infinity for
         tokens in no document.
     """
-    seen = visible(scope, q.shape[0], q.shape[1])[:, None]  # (B, 1, T, T)
+    seen = scope.visible(q.shape[0], q.shape[1])[:, None]  # (B, 1, T, T)
     _, scores = _scores(q, k, scope.scale)
     scores = scores.masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)  # (B, H, T)
@@ -55,7 +37,7 @@ def attention_grad(dout: Tensor, saved: Saved, scope: Scope) -> tuple[Tensor, Te
     Source: FlashAttention-2 (arXiv 2307.08691), section 2.2.
     """
     q, k, v, out, lse = saved
-    seen = visible(scope, q.shape[0], q.shape[1])[:, None]
+    seen = scope.visible(q.shape[0], q.shape[1])[:, None]
     wide, scores = _scores(q, k, scope.scale)
     weights = torch.exp(scores - lse[..., None]).masked_fill(~seen, 0.0)  # (B, H, T, T)
     dout, out = dout.to(wide.dtype), out.to(wide.dtype)
