@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from halfbyte import pipeline
 from halfbyte.config import Config, load_config
 from halfbyte.errors import ConfigError, DataError, EvaluateError, ModelError
+from halfbyte.model.documents import whole_rows
 from halfbyte.pipeline import run
 from halfbyte.report.watch import Watch
 
@@ -103,7 +104,14 @@ def test_a_run_leaves_all_its_evidence(make: Make) -> None:
     events = _lines(result.folder / "events.jsonl")
     assert [(e["way"], e["why"]) for e in events if e["event"] == "head"] == [("dense", "")]
     done = [e["event"] for e in events if e.get("state") == "done"]
-    assert done == ["prepare rows", "load model", "measure before", "train", "save", "measure after", "run"]
+    phases = ["prepare rows", "load model", "measure before", "plan memory", "train", "save", "measure after"]
+    assert done == [*phases, "run"]
+    (layers,) = (e for e in events if e["event"] == "layers")
+    assert (layers["type"], layers["fused"], layers["why"]) == ("LlamaDecoderLayer", True, "")
+    (memory,) = (e for e in events if e["event"] == "memory")
+    assert memory["fits"]
+    assert set(memory["keeps"]) == {"all"}
+    assert 0 < memory["peak_bytes"] <= memory["budget_bytes"]
 
 
 def test_training_helps_and_the_summary_says_so(make: Make) -> None:
@@ -291,7 +299,7 @@ def test_a_tokenizer_of_another_model_is_refused(
 def test_rows_that_would_see_each_other_are_refused_before_anything_is_measured(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    monkeypatch.setattr("halfbyte.model.documents.from_bounds", lambda bounds, T: whole_rows(1, T))
     config = make()
     with pytest.raises(ModelError, match=r"HB317[\s\S]*train\.packing to false"):
         run(config)

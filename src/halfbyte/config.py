@@ -7,8 +7,7 @@ parts that read them.
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from halfbyte.errors import ConfigError, listed
+from halfbyte.yaml_file import Loader, read_yaml
 
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -127,6 +127,8 @@ class TrainConfig(_Section):
     """Share of each target spread evenly over the vocabulary; the loss reported stays plain cross-entropy."""
     z_loss: float = Field(0.0, ge=0)
     """Weight of the squared log-sum-exp of the logits, which holds them near zero; reported as label_smoothing is."""
+    activation_memory_gb: float | None = Field(None, gt=0)
+    """GB that layers may hold for the backward pass, or else compute again; null: most of what is free."""
     log_steps: int = Field(10, ge=1)
     """Steps between printed lines; metrics.jsonl has every step."""
     save_steps: int | None = Field(None, ge=1)
@@ -277,7 +279,7 @@ def load_config(
     _merge(merged, _absolute_paths(base or {}, Path.cwd()))
     if path is not None:
         file = Path(path)
-        settings, lines = _read_yaml(file)
+        settings, lines = read_yaml(file)
         _merge(merged, _absolute_paths(settings, file.resolve().parent))
     faults = []
     for override in overrides:
@@ -325,54 +327,6 @@ def _absolute_paths(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]
     return changed
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of JSON too (`1e-4` is one), and whose mappings name each key once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                twice = f"key {name!r} is given twice"
-                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A settings file's mapping, and the line of each setting by dotted name."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        settings = yaml.load(text, Loader=_Loader)
-        root = yaml.compose(text, Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError("HB103", reason, where=str(file), fix="name a YAML file in UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError("HB103", f"not YAML: {problem}", where=where, fix="mend the file") from error
-    if not isinstance(settings, dict) or not isinstance(root, yaml.MappingNode):
-        got = "nothing" if settings is None else type(settings).__name__
-        what = f"got {got}, expected a mapping of settings"
-        raise ConfigError("HB103", what, where=str(file), fix="start with `model: path/to/folder`")
-    return settings, dict(_setting_lines(root, ""))
-
-
-def _setting_lines(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        yield name, key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _setting_lines(value, f"{name}.")
-
-
 def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
     """`section.name=value` as name and nested mapping; ValueError says what is wrong with it."""
     setting, equals, text = override.partition("=")
@@ -380,7 +334,7 @@ def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
     if not equals or not all(keys):
         raise ValueError(f"override {override!r}: expected section.name=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"override {override!r}: the value is not YAML") from error
     for key in reversed(keys):

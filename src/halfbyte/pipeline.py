@@ -23,6 +23,7 @@ from halfbyte.evaluate.measure import Measurement, Subject, measure
 from halfbyte.govern.manifest import manifest
 from halfbyte.govern.run_folder import RunFolder, check_free
 from halfbyte.kernels import backends
+from halfbyte.model import blocks
 from halfbyte.model.adapters import load_adapter
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.heads import head_route
@@ -34,6 +35,7 @@ from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.watch import Part, Watch
 from halfbyte.train.loop import Plan, TrainRun, train
+from halfbyte.train.memory import activation_budget_bytes
 from halfbyte.train.methods import (
     ModelSize,
     autocast_dtype,
@@ -145,10 +147,9 @@ def run(
     measured = partial(
         _measure, subject=subject, rows=rows.held_out, config=config, folder=folder, watch=watch
     )
-    make_trainable(model, config)  # a fresh adapter changes no answer, and a bad target is refused at once
-    if config.train.packing:
-        prove_isolation(model)  # training proves it again; here nothing has been measured yet
+    _make_ready(model, config)
     before = measured("before") if evaluate else None
+    _plan_memory(model, rows, config, folder, watch)
 
     save = saver(model, rows.tokenizer, config)
     with folder.phase("train"):
@@ -265,6 +266,31 @@ def _phase(name: str, folder: RunFolder, watch: Watch) -> Iterator[Part]:
     """A part of the run, in its log and on the console."""
     with folder.phase(name), watch.part(name) as part:
         yield part
+
+
+def _make_ready(model: PreTrainedModel, config: Config) -> None:
+    """What can be refused is refused before anything is measured; a fresh adapter changes no answer."""
+    make_trainable(model, config)
+    if config.train.packing:
+        prove_isolation(model)  # training proves it again
+
+
+def _plan_memory(
+    model: PreTrainedModel, rows: Prepared, config: Config, folder: RunFolder, watch: Watch
+) -> None:
+    """Decide what layers keep for the backward pass, and say which run fused."""
+    lengths = [len(example.input_ids) for example in rows.train.examples]
+    tokens = Plan.of(lengths, config.train, config.seed).order.most_tokens
+    budget = activation_budget_bytes(config.train.activation_memory_gb)
+    with _phase("plan memory", folder, watch) as part:
+        for kind in blocks.describe(model):
+            folder.event("layers", **kind._asdict())
+            if not kind.fused:
+                part.say(f"{kind.layers} {kind.type} are not fused: {kind.why}")
+        plan = blocks.plan_memory(model, tokens, budget)
+        if plan is not None:
+            folder.event("memory", tokens=tokens, **plan.as_dict())
+            part.say(plan.described())
 
 
 def _measure(

@@ -239,7 +239,8 @@ def test_dropout_acts_in_training_alone_and_on_the_branch_alone() -> None:
     layer.train()
     assert not torch.equal(layer(x), layer(x))
     layer.lora_B.data.zero_()
-    assert torch.equal(layer(x), plain)
+    # K products of float32 in another order: each rounds by 2^-24 of a partial sum.
+    torch.testing.assert_close(layer(x), plain, atol=K * 2.0**-24 * float(plain.abs().max()), rtol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

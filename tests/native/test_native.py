@@ -19,7 +19,15 @@ INSTRUCTION_SETS = (
     else {"neon": []}
 )
 PLAIN_SOURCES = (
-    *("attention_backward", "attention_forward", "attention_tiles", "backward", "dispatch", "forward", "loss"),
+    *(
+        "attention_backward",
+        "attention_forward",
+        "attention_tiles",
+        "backward",
+        "dispatch",
+        "forward",
+        "loss",
+    ),
     *("parallel", "portable"),
 )
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -30,6 +30,7 @@ def examine() -> dict[str, Any]:
 
     from halfbyte.govern.manifest import Hardware, versions
     from halfbyte.kernels import backends, native
+    from halfbyte.model.blocks import FAMILIES
     from halfbyte.model.precision import computing_dtype
 
     module = native.module()
@@ -41,6 +42,7 @@ def examine() -> dict[str, Any]:
         "native_kernels": module is not None,
         "notice": native.notice(),
         "instruction_sets": dict(module.instruction_sets()) if module is not None else {},
+        "fused_layers": [name.rpartition(".")[2] for name in FAMILIES],
         "kernels": [choice._asdict() for choice in backends.describe()],
     }
 
@@ -58,6 +60,7 @@ def _print(facts: dict[str, Any]) -> None:
         "dtype: auto": facts["auto_dtype"],
         "instructions": ", ".join(f"{name} ({state})" for name, state in facts["instruction_sets"].items())
         or "no native kernels",
+        "fused layers": f"{', '.join(facts['fused_layers'])}; other types run as they are",
     }
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(style="bold")

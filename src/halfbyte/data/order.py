@@ -55,6 +55,10 @@ class Order(Protocol):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, (n,)."""
 
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens of a pass, padding included."""
+
     def windows(self, epoch: int, first: int = 0) -> Iterator[list[Pass]]:
         """The passes of an epoch, window by window; those before `first` are not worked out."""
 
@@ -81,6 +85,11 @@ class Padded:
 
     def __post_init__(self) -> None:
         _refuse_nothing(self.lengths)
+
+    @property
+    def most_tokens(self) -> int:
+        """A batch of the longest rows."""
+        return min(self.batch_size, len(self.lengths)) * int(self.lengths.max())
 
     def windows(self, epoch: int, first: int = 0) -> Iterator[list[Pass]]:
         """The whole epoch as one window: cutting costs nothing, so nothing is gained by starting later."""
@@ -130,6 +139,11 @@ class Packed:
                 where="train.batch_tokens",
                 fix=f"set train.batch_tokens to {longest} or more, or lower data.max_length",
             )
+
+    @property
+    def most_tokens(self) -> int:
+        """The budget, or all rows where they are fewer tokens."""
+        return min(self.batch_tokens, int(self.lengths.sum()))
 
     def windows(self, epoch: int, first: int = 0) -> Iterator[list[Pass]]:
         """The passes of an epoch, window by window; those before `first` are not packed."""

@@ -1,7 +1,7 @@
 """halfbyte's attention in transformers' models: registered by name, and who computes what it does not.
 
-It owns the choice between our kernel and transformers' own functions, call by call, and the record of it; it must
-not know how either computes.
+It owns the choice between our kernel and transformers' own functions, call by call, and the record of it;
+it must not know how either computes.
 
 Our kernel computes attention of tokens to tokens of the same call, without dropout. Everything else goes to
 transformers' `sdpa`, or to the model's own `eager` function where only that has the feature, with a mask that says
@@ -24,11 +24,8 @@ from halfbyte.errors import ModelError
 from halfbyte.kernels import attention as kernel
 from halfbyte.kernels.native import module as native_module
 from halfbyte.model.documents import (
-    from_bounds,
-    from_padding,
-    from_positions,
+    documents_of,
     full_mask,
-    is_short,
     pattern_of,
     short_mask,
     whole_rows,
@@ -105,7 +102,7 @@ def attention(
         (B, T, H, D), and the weights where a model asked for them.
 
     Raises:
-        ModelError: HB331 for a feature that only eager attention has, in a model without that.
+        ModelError: HB330 for a feature that only eager attention has, in a model without that.
     """
     if features.get("scaling") is None:
         features["scaling"] = query.shape[-1] ** -0.5
@@ -121,7 +118,7 @@ def attention(
     eager = _eager_function(layer)
     if eager is None:
         what = f"{type(layer).__name__} asks for {why}, which neither our attention nor sdpa computes"
-        raise ModelError("HB331", what, fix='call set_attn_implementation("eager") on the model')
+        raise ModelError("HB330", what, fix='call set_attn_implementation("eager") on the model')
     seen = call.long_mask(always=True)
     if seen is not None and seen.dtype == torch.bool:
         seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
@@ -139,25 +136,10 @@ class _Call:
         self.B, self.T, self.S = query.shape[0], query.shape[2], key.shape[2]
         self.causal: bool = features["is_causal"]
         self.window = int(features.get("sliding_window") or 0)
-        self.documents = self._documents()
-
-    def _documents(self) -> Tensor | None:
-        """Documents (n, 3); None where the mask says more than those can, or another thing."""
-        mask, bounds = self.mask, self.features.get("cu_seq_lens_q")
-        if self.T != self.S or (mask is not None and mask.dim() != 2):
-            return None
-        if mask is None:
-            documents = from_positions(self.features.get("position_ids"), self.B, self.T)
-        else:
-            short = mask if is_short(mask) else from_padding(mask, self.B, self.T)
-            if short is None:
-                return None
-            if is_short(mask):  # made for this kind of layer: surer than what a layer says of itself
-                self.window = int(short[0, 3]) if len(short) else 0
-            documents = short[:, :3]
-        if bounds is not None and self.B == 1:
-            documents = from_bounds(bounds, self.T)
-        return whole_rows(self.B, self.T) if documents is None else documents
+        told = documents_of(self.B, self.T, mask, features) if self.T == self.S else None
+        self.documents = None if told is None else told.documents
+        if told is not None and told.window is not None:
+            self.window = told.window
 
     def backend(self) -> tuple[str, str]:
         """Who computes, and why."""

@@ -9,7 +9,7 @@ is a run of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import CodeType
 from typing import Any, NamedTuple
@@ -34,6 +34,47 @@ class Pattern(NamedTuple):
 
     window: int = 0
     packed: Tensor | None = None
+
+
+class Told(NamedTuple):
+    """What a call of attention says about who sees whom.
+
+    Args:
+        documents: (n, 3) int32, see `kernels.attention`.
+        window: As in `Pattern`, where the mask was made for this kind of layer; None where it says nothing of it.
+    """
+
+    documents: Tensor
+    window: int | None = None
+
+
+def documents_of(B: int, T: int, mask: Tensor | None, features: Mapping[str, Any]) -> Told | None:
+    """What a model was told, in this order: bounds of packed documents, the mask, positions that restart, whole rows.
+
+    Args:
+        B: Batch rows.
+        T: Tokens, all of them of this call.
+        mask: (B, T) with 0 on padding, or a short form, or None.
+        features: What else the model passes on: `cu_seq_lens_q`, `position_ids`.
+
+    Returns:
+        None where the mask says more than documents can, or another thing.
+    """
+    bounds, window = features.get("cu_seq_lens_q"), None
+    if mask is None:
+        documents = from_positions(features.get("position_ids"), B, T)
+    elif mask.dim() != 2:
+        return None
+    elif is_short(mask):  # made for this kind of layer: surer than what a layer says of itself
+        documents, window = mask[:, :3], int(mask[0, 3]) if len(mask) else 0
+    else:
+        short = from_padding(mask, B, T)
+        if short is None:
+            return None
+        documents = short[:, :3]
+    if bounds is not None and B == 1:
+        documents = from_bounds(bounds, T)
+    return Told(whole_rows(B, T) if documents is None else documents, window)
 
 
 def _code(function: Mask | None) -> CodeType | None:

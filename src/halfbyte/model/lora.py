@@ -18,7 +18,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
-from halfbyte.model.linear4bit import features, is_linear
+from halfbyte.kernels.linear import DTYPES
+from halfbyte.model.functions import run_projection
+from halfbyte.model.linear4bit import Linear4bit, features, is_linear
+from halfbyte.model.projection import Branch, Projection
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
@@ -96,6 +99,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Base and branch: x (..., K) → (..., N)."""
+        projection = projection_of(self)
+        if projection is not None and _computes(projection, x):
+            return run_projection(projection, x)
         y: Tensor = self.base(x)
         if not self.enabled:
             return y
@@ -106,6 +112,33 @@ class LoraLinear(nn.Module):
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
         return f"r={self.spec.r}, scale={self.spec.scale:g}, dropout={self.spec.dropout}"
+
+
+def projection_of(module: nn.Module) -> Projection | None:
+    """A linear layer as the fused kernels take it, with its branch where it is adapted; None for what they do not.
+
+    They take frozen weights, in 4 bits or dense (N, K).
+    """
+    branch, base = None, module
+    if isinstance(module, LoraLinear):
+        base = module.base
+        if module.enabled:
+            dropout = module.spec.dropout if module.training else 0.0
+            branch = Branch(module.lora_A, module.lora_B, module.spec.scale, dropout)
+    if isinstance(base, Linear4bit):
+        return Projection(base.factor, base.bias, branch)
+    if type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters()):
+        return Projection(base.weight, base.bias, branch)
+    return None
+
+
+def _computes(projection: Projection, x: Tensor) -> bool:
+    """Whether the fused kernels take this input: it is where the weight is and of its dtype."""
+    if isinstance(projection.factor, Tensor):
+        fits = x.dtype == projection.factor.dtype
+    else:
+        fits = x.dtype in DTYPES and (projection.bias is None or x.dtype == projection.bias.dtype)
+    return fits and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:

@@ -22,6 +22,7 @@ from transformers import (
 
 from halfbyte.errors import ModelError
 from halfbyte.model import attention
+from halfbyte.model.blocks import use_blocks
 from halfbyte.model.files import ModelFolder
 from halfbyte.model.linear4bit import is_linear
 
@@ -77,8 +78,8 @@ def build_skeleton(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
         dtype: The model's dtype.
 
     Returns:
-        The model in evaluation mode, with our attention where its family allows that; parameters made by
-        `torch.empty` are on the meta device.
+        The model in evaluation mode, with our attention and fused layers where its family allows that;
+        parameters made by `torch.empty` are on the meta device.
 
     Raises:
         ModelError: HB301 settings that contradict each other, HB312 no causal language model, HB313 unknown
@@ -93,6 +94,7 @@ def build_skeleton(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
         raise _bad_settings(folder, fault) from fault
     model.config.dtype = dtype  # older transformers leave what the file says
     attention.use(model)
+    use_blocks(model)
     model.train(False)
     return model
 

@@ -1,0 +1,64 @@
+"""How much memory this process may still take, and how much of it the layers may hold.
+
+It owns these two numbers; it must not know layers, nor what they do with them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+HELD_SHARE = 0.6
+"""Of the free memory, for what layers hold; the rest is for gradients, logits, the optimizer, and others."""
+
+
+def activation_budget_bytes(setting_gb: float | None) -> int:
+    """Bytes that layers may hold between forward and backward.
+
+    Args:
+        setting_gb: `train.activation_memory_gb`; None takes its share of the free memory.
+    """
+    return int(HELD_SHARE * available_bytes()) if setting_gb is None else int(setting_gb * 1e9)
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Bytes this process can take without swapping, or being stopped by its control group; half of all where unknown.
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
+    free = _meminfo(root / "proc/meminfo")
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit = _number(root / "sys/fs/cgroup/memory.max")
+    used = _number(root / "sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used + _reclaimable(root / "sys/fs/cgroup/memory.stat")))
+    return free
+
+
+def _meminfo(path: Path) -> int | None:
+    if not path.exists():
+        return None
+    for line in path.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _number(path: Path) -> int | None:
+    """A control group's number; None where there is none, or no limit (`max`)."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _reclaimable(path: Path) -> int:
+    """Bytes of files that the control group counts and the system gives back when asked."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
