@@ -24,6 +24,7 @@ def test_it_loads_in_transformers_and_in_4_bits():
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     ours = load(MODEL, quantization=None, dtype=torch.float32)
+    plain.set_attn_implementation(ours.config._attn_implementation)
     assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
     in_4_bits = load(MODEL, quantization=QuantSpec(), dtype=torch.float32)
     assert torch.isfinite(in_4_bits(input_ids=ids).logits).all()
