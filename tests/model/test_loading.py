@@ -76,7 +76,6 @@ def test_without_quantization_everything_is_as_transformers_loads_it(
             assert torch.equal(ours[key], tensor), key
     assert got.generation_config.to_dict() == expected.generation_config.to_dict()
     assert got.config.to_dict() == expected.config.to_dict()
-    got.set_attn_implementation("sdpa")  # the same sums in the same order
     with torch.no_grad():
         ids = tokens(expected)
         expected.set_attn_implementation(got.config._attn_implementation)
