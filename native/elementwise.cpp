@@ -26,42 +26,68 @@ std::int64_t pieces_of(const Extent& extent) {
     return rows_of(extent) * ((extent.cols + kPiece - 1) / kPiece);
 }
 
+// A weight or a bias as floats with `offset` added, where it lies if it is that already.
+class Floats {
+  public:
+    Floats(const Kernels& kernels, const void* numbers, Type type, std::int64_t count, float offset) {
+        data_ = static_cast<const float*>(numbers);
+        if (numbers != nullptr && type == Type::f32 && offset == 0.0f) return;
+        copy_.assign(static_cast<std::size_t>(count), 0.0f);
+        data_ = copy_.data();
+        if (numbers == nullptr) return;
+        kernels.to_float(numbers, type, count, copy_.data());
+        for (float& number : copy_) number += offset;
+    }
+
+    const float* data() const { return data_; }
+
+  private:
+    const float* data_;
+    std::vector<float> copy_;
+};
+
+float offset_of(NormKind kind) { return kind == NormKind::rms_unit_offset ? 1.0f : 0.0f; }
+
 }  // namespace
 
 void norm_forward(const Kernels& kernels, const Norm& norm, int threads) {
+    const std::int64_t cols = norm.extent.cols;
+    const Floats weight(kernels, norm.weight, norm.weight_type, cols, offset_of(norm.kind));
+    const Floats bias(kernels, norm.bias, norm.weight_type, norm.kind == NormKind::layer ? cols : 0, 0.0f);
     auto part = [&](std::int64_t, std::int64_t first, std::int64_t last) {
-        kernels.elementwise->norm_forward(norm, first, last);
+        kernels.elementwise->norm_forward(norm, weight.data(), bias.data(), first, last);
     };
     parallel(rows_of(norm.extent), crew(norm.extent, norm.x.type, threads), part);
 }
 
 void norm_backward(const Kernels& kernels, const NormGradient& norm, int threads) {
     const std::int64_t rows = rows_of(norm.extent), cols = norm.extent.cols;
+    const Floats weight(kernels, norm.weight, norm.weight_type, cols, offset_of(norm.kind));
     threads = crew(norm.extent, norm.x.type, threads);
     if (norm.dweight == nullptr) {
         auto part = [&](std::int64_t, std::int64_t first, std::int64_t last) {
-            kernels.elementwise->norm_backward(norm, first, last, nullptr, nullptr);
+            kernels.elementwise->norm_backward(norm, weight.data(), first, last, nullptr, nullptr);
         };
         parallel(rows, threads, part);
         return;
     }
+    // Each sum covers the same rows whoever computes it, and they are folded in order.
     const std::int64_t sums = std::clamp<std::int64_t>(rows / kSumRows, 1, kSums);
     const std::int64_t width = norm.dbias != nullptr ? 2 * cols : cols;
     std::vector<float> partial(static_cast<std::size_t>(sums * width), 0.0f);
     auto part = [&](std::int64_t, std::int64_t first, std::int64_t last) {
         for (std::int64_t s = first; s < last; ++s) {
             float* dweight = partial.data() + s * width;
-            kernels.elementwise->norm_backward(norm, rows * s / sums, rows * (s + 1) / sums, dweight,
-                                               norm.dbias != nullptr ? dweight + cols : nullptr);
+            float* dbias = norm.dbias != nullptr ? dweight + cols : nullptr;
+            kernels.elementwise->norm_backward(norm, weight.data(), rows * s / sums, rows * (s + 1) / sums,
+                                               dweight, dbias);
         }
     };
     parallel(sums, threads, part);
-    auto fold = [&](std::int64_t, std::int64_t first, std::int64_t last) {
-        for (std::int64_t s = 1; s < sums; ++s)
-            for (std::int64_t c = first; c < last; ++c)
-                partial[static_cast<std::size_t>(c)] += partial[static_cast<std::size_t>(s * width + c)];
-    };
-    parallel(width, threads, fold);
+    for (std::int64_t s = 1; s < sums; ++s) {
+        const float* more = partial.data() + s * width;
+        for (std::int64_t c = 0; c < width; ++c) partial[static_cast<std::size_t>(c)] += more[c];
+    }
     std::copy_n(partial.data(), cols, norm.dweight);
     if (norm.dbias != nullptr) std::copy_n(partial.data() + cols, cols, norm.dbias);
 }

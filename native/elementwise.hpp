@@ -87,12 +87,14 @@ struct GateGradient {
 constexpr std::int64_t kPiece = 512;  // numbers worked on at a time: a few float buffers of 2 KiB stay in L1
 
 struct ElementwiseKernels {
-    // Rows first … last-1 in the order (0, 0, 0), (0, 0, 1), …
-    void (*norm_forward)(const Norm& norm, std::int64_t first, std::int64_t last);
+    // Rows first … last-1 in the order (0, 0, 0), (0, 0, 1), … `weight` and `bias` are the norm's as floats,
+    // 1 added to the weight where it has a unit offset; `bias` is used by `layer` alone, which must have one.
+    void (*norm_forward)(const Norm& norm, const float* weight, const float* bias, std::int64_t first,
+                         std::int64_t last);
 
     // The same; adds the rows' part of dweight and dbias to `dweight` and `dbias`, which may be null.
-    void (*norm_backward)(const NormGradient& norm, std::int64_t first, std::int64_t last, float* dweight,
-                          float* dbias);
+    void (*norm_backward)(const NormGradient& norm, const float* weight, std::int64_t first,
+                          std::int64_t last, float* dweight, float* dbias);
 
     // Tokens first … last-1, counted through all batches.
     void (*rotate)(const Rotation& rotation, std::int64_t first, std::int64_t last);

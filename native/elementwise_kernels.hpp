@@ -1,8 +1,7 @@
-// The functions of `ElementwiseKernels`, once for all instruction sets: plain loops over float buffers that
-// the compiler vectorises with the flags of the file that includes this, around that file's own conversions.
-// Everything is in an unnamed namespace, see kernels.hpp.
-//
-// Buffers are filled up with zeros to whole groups of 16 lanes and loops run over whole groups: no tails.
+// The functions of `ElementwiseKernels`, once for all instruction sets: W is the vector of the file that
+// includes this (see `vector::One`), and what is left over at the end of a row goes through `One`. Everything
+// is in an unnamed namespace, see kernels.hpp. X is the type of x and of all that has its type, Y the type of
+// y and dy.
 #pragma once
 
 #include <math.h>
@@ -10,41 +9,126 @@
 #include "elementwise.hpp"
 #include "vector_math.hpp"
 
+#if defined(__clang__)
+#define HALFBYTE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(_MSC_VER)
+#define HALFBYTE_INDEPENDENT __pragma(loop(ivdep))
+#else
+#define HALFBYTE_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace halfbyte {
 namespace {
 namespace rows {
 
-constexpr std::int64_t kLanes = 16;
+inline std::int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
-using Buffer = float[kPiece];
+// Where a loop stands: at a whole vector W of numbers, or at the last `count` that are none.
+template <class W>
+struct Whole {
+    template <Type type>
+    W load(const void* numbers, std::int64_t i) const {
+        return W::template load<type>(numbers, i);
+    }
+    template <Type type>
+    void store(W value, void* numbers, std::int64_t i) const {
+        value.template store<type>(numbers, i);
+    }
+};
 
-inline std::int64_t whole(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-inline std::int64_t at_most(std::int64_t count, std::int64_t limit) { return count < limit ? count : limit; }
+template <class W>
+struct Rest {
+    std::int64_t count;
 
-template <class Function>
-inline void each(std::int64_t count, Function&& function) {
-    const std::int64_t end = whole(count);
-    for (std::int64_t i = 0; i < end; ++i) function(i);
+    template <Type type>
+    W load(const void* numbers, std::int64_t i) const {
+        unsigned char padded[W::kLanes * 4] = {};
+        std::memcpy(padded, static_cast<const char*>(numbers) + i * size_of(type), bytes(type));
+        return W::template load<type>(padded, 0);
+    }
+    template <Type type>
+    void store(W value, void* numbers, std::int64_t i) const {
+        unsigned char padded[W::kLanes * 4];
+        value.template store<type>(padded, 0);
+        std::memcpy(static_cast<char*>(numbers) + i * size_of(type), padded, bytes(type));
+    }
+    std::size_t bytes(Type type) const { return static_cast<std::size_t>(count * size_of(type)); }
+};
+
+// Calls work(at, i) for `count` numbers, a vector at a time. Iterations are independent: results lie exactly
+// where an operand lies, or elsewhere.
+template <class W, class Work>
+inline void each(std::int64_t count, Work&& work) {
+    std::int64_t i = 0;
+    HALFBYTE_INDEPENDENT
+    for (; i + W::kLanes <= count; i += W::kLanes) work(Whole<W>{}, i);
+    if (i < count) work(Rest<W>{count - i}, i);
 }
 
-// A sum in the order that is the same everywhere.
-struct Sum {
-    float lanes[kLanes] = {};
+// The sum of term(at, i) over `count` numbers: 32 partial sums, number i in sum i % 32, folded in halves,
+// whatever the vector. One chain of additions would wait for each; these are enough to keep a processor busy.
+template <class W, class Term>
+inline float sum_of(std::int64_t count, Term&& term) {
+    constexpr int kSums = 32, kVectors = kSums / W::kLanes;
+    W sums[kVectors];
+    for (W& sum : sums) sum = W(0.0f);
+    std::int64_t i = 0;
+    for (; i + kSums <= count; i += kSums)
+        for (int v = 0; v < kVectors; ++v) sums[v] = sums[v] + term(Whole<W>{}, i + v * W::kLanes);
+    int v = 0;
+    for (; i + W::kLanes <= count; i += W::kLanes, ++v) sums[v] = sums[v] + term(Whole<W>{}, i);
+    if (i < count) {
+        const Rest<W> rest{count - i};
+        float terms[W::kLanes] = {};
+        rest.template store<Type::f32>(term(rest, i), terms, 0);
+        sums[v] = sums[v] + W::template load<Type::f32>(terms, 0);
+    }
+    for (int half = kVectors / 2; half > 0; half /= 2)
+        for (int u = 0; u < half; ++u) sums[u] = sums[u] + sums[u + half];
+    return sums[0].total();
+}
 
-    template <class Function>
-    void add(std::int64_t count, Function&& term) {
-        float sum[kLanes];
-        std::memcpy(sum, lanes, sizeof sum);
-        for (std::int64_t i = 0; i < count; i += kLanes)
-            for (std::int64_t l = 0; l < kLanes; ++l) sum[l] += term(i + l);
-        std::memcpy(lanes, sum, sizeof sum);
+// Two vectors as one. A function of one number is a chain of dependent operations; a processor holds only a
+// few such chains at a time where they follow each other, and is kept busy where they are interleaved.
+template <class W>
+struct Twice {
+    static constexpr int kLanes = 2 * W::kLanes;
+    struct Mask {
+        typename W::Mask a, b;
+    };
+    W a, b;
+
+    Twice() = default;
+    Twice(W first, W second) : a(first), b(second) {}
+    Twice(float number) : a(number), b(number) {}
+
+    template <Type type>
+    static Twice load(const void* numbers, std::int64_t i) {
+        return {W::template load<type>(numbers, i), W::template load<type>(numbers, i + W::kLanes)};
+    }
+    template <Type type>
+    void store(void* numbers, std::int64_t i) const {
+        a.template store<type>(numbers, i);
+        b.template store<type>(numbers, i + W::kLanes);
+    }
+    template <Type type>
+    Twice rounded() const {
+        return {a.template rounded<type>(), b.template rounded<type>()};
     }
 
-    float total() const {
-        float eight[8], four[4];
-        for (int l = 0; l < 8; ++l) eight[l] = lanes[l] + lanes[l + 8];
-        for (int l = 0; l < 4; ++l) four[l] = eight[l] + eight[l + 4];
-        return (four[0] + four[2]) + (four[1] + four[3]);
+    friend Twice operator+(Twice x, Twice y) { return {x.a + y.a, x.b + y.b}; }
+    friend Twice operator-(Twice x, Twice y) { return {x.a - y.a, x.b - y.b}; }
+    friend Twice operator*(Twice x, Twice y) { return {x.a * y.a, x.b * y.b}; }
+    friend Twice operator/(Twice x, Twice y) { return {x.a / y.a, x.b / y.b}; }
+    friend Mask operator<(Twice x, Twice y) { return {x.a < y.a, x.b < y.b}; }
+    friend Twice select(Mask condition, Twice yes, Twice no) {
+        return {select(condition.a, yes.a, no.a), select(condition.b, yes.b, no.b)};
+    }
+    friend Twice at_least(Twice x, float limit) { return {at_least(x.a, limit), at_least(x.b, limit)}; }
+    friend Twice at_most(Twice x, float limit) { return {at_most(x.a, limit), at_most(x.b, limit)}; }
+    friend Twice magnitude(Twice x) { return {magnitude(x.a), magnitude(x.b)}; }
+    friend Twice scaled(Twice x, Twice shifted, Twice n) {
+        return {scaled(x.a, shifted.a, n.a), scaled(x.b, shifted.b, n.b)};
     }
 };
 
@@ -69,235 +153,185 @@ struct Place {
 inline char* address(const Rows& rows, const Place& place, std::int64_t column) {
     const std::int64_t element =
         rows.stride[0] * place.outer + rows.stride[1] * place.middle + rows.stride[2] * place.inner + column;
-    return static_cast<char*>(rows.data) + element * (rows.type == Type::f32 ? 4 : 2);
+    return static_cast<char*>(rows.data) + element * size_of(rows.type);
 }
 
-template <Activation kind>
-inline float activated(float x) {
-    if constexpr (kind == Activation::relu) return x <= 0.0f ? 0.0f : x;
-    const float above = x < -128.0f ? -128.0f : x;  // so that -infinity times 0 never happens
+template <Activation kind, class F>
+inline F activated(F x) {
+    if constexpr (kind == Activation::relu) return select(F(0.0f) < x, x, at_most(x, 0.0f) * 0.0f);
+    const F above = at_least(x, -128.0f);  // so that -infinity times 0 never happens
     if constexpr (kind == Activation::silu) return above * vector::sigmoid(above);
     if constexpr (kind == Activation::gelu) return above * vector::normal(above).cumulative;
     // (1 + tanh u) / 2 = sigmoid(2 u), which does not cancel.
-    return above * vector::sigmoid(1.5957691f * (above + 0.044715f * (above * above * above)));
+    if constexpr (kind == Activation::gelu_tanh)
+        return above * vector::sigmoid((above + above * above * above * 0.044715f) * 1.5957691f);
 }
 
+template <class F>
 struct Slope {
-    float value, slope;
+    F value, slope;
 };
 
 // `activated` to the bit, and its derivative; beyond 128 the latter is 0 or 1.
-template <Activation kind>
-inline Slope sloped(float x) {
-    if constexpr (kind == Activation::relu) return {x <= 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f};
-    const float above = x < -128.0f ? -128.0f : x, within = above > 128.0f ? 128.0f : above;
+template <Activation kind, class F>
+inline Slope<F> sloped(F x) {
+    if constexpr (kind == Activation::relu) {
+        const F positive = select(F(0.0f) < x, F(1.0f), F(0.0f));
+        return {activated<kind>(x), select(x < F(0.0f), F(0.0f), positive)};
+    }
+    const F above = at_least(x, -128.0f), within = at_most(above, 128.0f);
     if constexpr (kind == Activation::silu) {
-        const float s = vector::sigmoid(within);
-        return {above * s, s * (1.0f + within * (1.0f - s))};
+        const F s = vector::sigmoid(within);
+        return {above * s, s * (within * (F(1.0f) - s) + 1.0f)};
     }
     if constexpr (kind == Activation::gelu) {
-        const vector::Normal normal = vector::normal(within);
+        const vector::Normal<F> normal = vector::normal(within);
         return {above * normal.cumulative, normal.cumulative + within * normal.density};
     }
-    const float square = within * within;
-    const float s = vector::sigmoid(1.5957691f * (within + 0.044715f * (square * within)));
-    const float inner = 1.5957691f * (1.0f + 0.134145f * square);
-    return {above * s, s + within * (s * (1.0f - s)) * inner};
+    if constexpr (kind == Activation::gelu_tanh) {
+        const F square = within * within;
+        const F s = vector::sigmoid((within + square * within * 0.044715f) * 1.5957691f);
+        const F inner = (square * 0.134145f + 1.0f) * 1.5957691f;
+        return {above * s, s + within * (s * (F(1.0f) - s)) * inner};
+    }
 }
 
-using ToFloat = void (*)(const void*, Type, std::int64_t, float*);
-using FromFloat = void (*)(const float*, Type, std::int64_t, void*);
-
-template <ToFloat to_float, FromFloat from_float>
+// Many is W, or several of them, for loops with an exponential in them.
+template <class W, class Many>
 struct Elementwise {
-    static void read(const void* numbers, Type type, std::int64_t count, float* buffer) {
-        if (type == Type::f32)
-            std::memcpy(buffer, numbers, static_cast<std::size_t>(count) * sizeof(float));
-        else
-            to_float(numbers, type, count, buffer);
-        for (std::int64_t i = count; i < whole(count); ++i) buffer[i] = 0.0f;
-    }
-
-    static void read(const Rows& rows, const Place& place, std::int64_t column, std::int64_t count,
-                     float* buffer) {
-        read(address(rows, place, column), rows.type, count, buffer);
-    }
-
-    static void write(const float* buffer, const Rows& rows, const Place& place, std::int64_t column,
-                      std::int64_t count) {
-        if (rows.type == Type::f32)
-            std::memcpy(address(rows, place, column), buffer,
-                        static_cast<std::size_t>(count) * sizeof(float));
-        else
-            from_float(buffer, rows.type, count, address(rows, place, column));
-    }
-
-    static void round(float* buffer, Type type, std::int64_t count) {
-        if (type == Type::f32) return;
-        std::uint16_t words[kPiece];
-        from_float(buffer, type, whole(count), words);
-        to_float(words, type, whole(count), buffer);
-    }
-
-    // A vector that every row needs, converted anew only when another piece of it is asked for.
-    class Vector {
-      public:
-        Vector(const void* numbers, Type type, float offset)
-            : numbers_(numbers), type_(type), offset_(offset) {}
-
-        const float* piece(std::int64_t column, std::int64_t count) {
-            if (column != column_) {
-                column_ = column;
-                read(static_cast<const char*>(numbers_) + column * (type_ == Type::f32 ? 4 : 2), type_, count,
-                     buffer_);
-                if (offset_ != 0.0f) each(count, [this](std::int64_t i) { buffer_[i] += offset_; });
-            }
-            return buffer_;
-        }
-
-      private:
-        const void* numbers_;
-        Type type_;
-        float offset_;
-        std::int64_t column_ = -1;
-        alignas(64) Buffer buffer_;
-    };
-
-    // Reads a piece of what is normalised: x, or on the `first` visit the sum with the residual, which is
-    // kept.
-    static void read_normalised(const Norm& norm, const Place& place, std::int64_t column, std::int64_t count,
-                                bool first, float* x) {
-        if (norm.residual.data == nullptr) return read(norm.x, place, column, count, x);
-        if (!first) return read(norm.total, place, column, count, x);
-        alignas(64) Buffer residual;
-        read(norm.x, place, column, count, x);
-        read(norm.residual, place, column, count, residual);
-        each(count, [&](std::int64_t i) { x[i] += residual[i]; });
-        write(x, norm.total, place, column, count);
-        round(x, norm.total.type, count);
-    }
-
-    static void norm_forward(const Norm& norm, std::int64_t first, std::int64_t last) {
-        const Extent& extent = norm.extent;
-        const auto cols = static_cast<float>(extent.cols);
-        const bool layer = norm.kind == NormKind::layer;
-        Vector weight(norm.weight, norm.weight_type, norm.kind == NormKind::rms_unit_offset ? 1.0f : 0.0f);
-        Vector bias(norm.bias, norm.weight_type, 0.0f);
-        alignas(64) Buffer x;
-        Place place(extent, first);
-        for (std::int64_t row = first; row < last; ++row, place.advance(extent)) {
-            Sum sum, squares;
-            for (std::int64_t c = 0; layer && c < extent.cols; c += kPiece) {
-                const std::int64_t count = at_most(extent.cols - c, kPiece);
-                read_normalised(norm, place, c, count, true, x);
-                sum.add(count, [&](std::int64_t i) { return x[i]; });
-            }
-            const float mean = layer ? sum.total() / cols : 0.0f;
-            for (std::int64_t c = 0; c < extent.cols; c += kPiece) {
-                const std::int64_t count = at_most(extent.cols - c, kPiece);
-                read_normalised(norm, place, c, count, !layer, x);
-                if (layer) center(x, mean, count);
-                squares.add(count, [&](std::int64_t i) { return x[i] * x[i]; });
-            }
-            const float rstd = 1.0f / ::sqrtf(squares.total() / cols + norm.eps);
-            for (std::int64_t c = 0; c < extent.cols; c += kPiece) {
-                const std::int64_t count = at_most(extent.cols - c, kPiece);
-                read_normalised(norm, place, c, count, false, x);
-                each(count, [&](std::int64_t i) { x[i] = (x[i] - mean) * rstd; });
-                if (norm.kind == NormKind::rms) round(x, norm.x.type, count);
-                const float* w = weight.piece(c, count);
-                each(count, [&](std::int64_t i) { x[i] *= w[i]; });
-                if (norm.bias != nullptr) {
-                    const float* b = bias.piece(c, count);
-                    each(count, [&](std::int64_t i) { x[i] += b[i]; });
-                }
-                write(x, norm.y, place, c, count);
-            }
-            norm.rstd[row] = rstd;
-            if (norm.mean != nullptr) norm.mean[row] = mean;
-        }
-    }
-
-    static void center(float* x, float mean, std::int64_t count) {
-        each(count, [&](std::int64_t i) { x[i] -= mean; });
-        for (std::int64_t i = count; i < whole(count); ++i) x[i] = 0.0f;
-    }
-
-    static void norm_backward(const NormGradient& norm, std::int64_t first, std::int64_t last, float* dweight,
-                              float* dbias) {
-        const Extent& extent = norm.extent;
-        const auto cols = static_cast<float>(extent.cols);
-        const bool layer = norm.kind == NormKind::layer;
-        Vector weight(norm.weight, norm.weight_type, norm.kind == NormKind::rms_unit_offset ? 1.0f : 0.0f);
-        alignas(64) Buffer dy, n, residual;
-        Place place(extent, first);
-        for (std::int64_t row = first; row < last; ++row, place.advance(extent)) {
-            const float mean = layer ? norm.mean[row] : 0.0f, rstd = norm.rstd[row];
-            Sum along, across;
-            for (std::int64_t c = 0; c < extent.cols; c += kPiece) {
-                const std::int64_t count = at_most(extent.cols - c, kPiece);
-                read(norm.dy, place, c, count, dy);
-                read(norm.x, place, c, count, n);
-                const float* w = weight.piece(c, count);
-                along.add(count, [&](std::int64_t i) { return dy[i] * w[i] * ((n[i] - mean) * rstd); });
-                if (layer) across.add(count, [&](std::int64_t i) { return dy[i] * w[i]; });
-            }
-            const float slope = along.total() / cols, shift = layer ? across.total() / cols : 0.0f;
-            for (std::int64_t c = 0; c < extent.cols; c += kPiece) {
-                const std::int64_t count = at_most(extent.cols - c, kPiece);
-                read(norm.dy, place, c, count, dy);
-                read(norm.x, place, c, count, n);
-                const float* w = weight.piece(c, count);
-                alignas(64) Buffer dx;
-                each(count, [&](std::int64_t i) {
-                    n[i] = (n[i] - mean) * rstd;
-                    dx[i] = rstd * (dy[i] * w[i] - shift - n[i] * slope);
+    template <Type X, Type Y, NormKind kind>
+    static void norm_forward_as(const Norm& norm, const float* weight, const float* bias, std::int64_t first,
+                                std::int64_t last) {
+        const std::int64_t cols = norm.extent.cols;
+        const auto size = static_cast<float>(cols);
+        Place place(norm.extent, first);
+        for (std::int64_t row = first; row < last; ++row, place.advance(norm.extent)) {
+            const char* x = address(norm.x, place, 0);
+            char* y = address(norm.y, place, 0);
+            if (norm.residual.data != nullptr) {
+                const char* residual = address(norm.residual, place, 0);
+                char* total = address(norm.total, place, 0);
+                each<W>(cols, [=](auto at, std::int64_t i) {
+                    at.template store<X>(at.template load<X>(x, i) + at.template load<X>(residual, i), total,
+                                         i);
                 });
-                if (norm.residual_grad.data != nullptr) {
-                    read(norm.residual_grad, place, c, count, residual);
-                    each(count, [&](std::int64_t i) { dx[i] += residual[i]; });
-                }
-                write(dx, norm.dx, place, c, count);
-                if (dweight == nullptr) continue;
-                if (norm.kind == NormKind::rms) round(n, norm.x.type, count);
-                for (std::int64_t i = 0; i < count; ++i) dweight[c + i] += dy[i] * n[i];
-                for (std::int64_t i = 0; dbias != nullptr && i < count; ++i) dbias[c + i] += dy[i];
+                x = total;
+            }
+            float mean = 0.0f;
+            if constexpr (kind == NormKind::layer)
+                mean = sum_of<W>(cols, [=](auto at, std::int64_t i) { return at.template load<X>(x, i); }) /
+                       size;
+            const float squares = sum_of<W>(cols, [=](auto at, std::int64_t i) {
+                const W off = at.template load<X>(x, i) - W(mean);
+                return off * off;
+            });
+            const float rstd = 1.0f / ::sqrtf(squares / size + norm.eps);
+            each<W>(cols, [=](auto at, std::int64_t i) {
+                W n = (at.template load<X>(x, i) - W(mean)) * W(rstd);
+                if constexpr (kind == NormKind::rms) n = n.template rounded<X>();
+                W product = n * at.template load<Type::f32>(weight, i);
+                if constexpr (kind == NormKind::layer)
+                    product = product + at.template load<Type::f32>(bias, i);
+                at.template store<Y>(product, y, i);
+            });
+            norm.rstd[row] = rstd;
+            if constexpr (kind == NormKind::layer) norm.mean[row] = mean;
+        }
+    }
+
+    template <Type X, Type Y, NormKind kind>
+    static void norm_backward_as(const NormGradient& norm, const float* weight, std::int64_t first,
+                                 std::int64_t last, float* dweight, float* dbias) {
+        const std::int64_t cols = norm.extent.cols;
+        const auto size = static_cast<float>(cols);
+        Place place(norm.extent, first);
+        for (std::int64_t row = first; row < last; ++row, place.advance(norm.extent)) {
+            const char *dy = address(norm.dy, place, 0), *x = address(norm.x, place, 0);
+            char* dx = address(norm.dx, place, 0);
+            const float mean = kind == NormKind::layer ? norm.mean[row] : 0.0f, rstd = norm.rstd[row];
+            const auto normalised = [=](auto at, std::int64_t i) {
+                return (at.template load<X>(x, i) - W(mean)) * W(rstd);
+            };
+            const auto weighted = [=](auto at, std::int64_t i) {
+                return at.template load<Y>(dy, i) * at.template load<Type::f32>(weight, i);
+            };
+            const float slope =
+                sum_of<W>(cols,
+                          [=](auto at, std::int64_t i) { return weighted(at, i) * normalised(at, i); }) /
+                size;
+            const float shift = kind == NormKind::layer ? sum_of<W>(cols, weighted) / size : 0.0f;
+            if (dweight != nullptr)  // before dx, which may lie where dy or x does
+                each<W>(cols, [=](auto at, std::int64_t i) {
+                    const W back = at.template load<Y>(dy, i);
+                    W n = normalised(at, i);
+                    if constexpr (kind == NormKind::rms) n = n.template rounded<X>();
+                    at.template store<Type::f32>(at.template load<Type::f32>(dweight, i) + back * n, dweight,
+                                                 i);
+                    if (dbias != nullptr)
+                        at.template store<Type::f32>(at.template load<Type::f32>(dbias, i) + back, dbias, i);
+                });
+            const auto along_row = [=](auto at, std::int64_t i) {
+                return W(rstd) * (weighted(at, i) - W(shift) - normalised(at, i) * W(slope));
+            };
+            if (norm.residual_grad.data == nullptr) {
+                each<W>(cols,
+                        [=](auto at, std::int64_t i) { at.template store<X>(along_row(at, i), dx, i); });
+            } else {
+                const char* residual = address(norm.residual_grad, place, 0);
+                each<W>(cols, [=](auto at, std::int64_t i) {
+                    at.template store<X>(along_row(at, i) + at.template load<X>(residual, i), dx, i);
+                });
             }
         }
     }
 
-    static void rotate(const Rotation& rotation, std::int64_t first, std::int64_t last) {
+    // Columns of the tables turned at a time: four buffers of floats stay in L1.
+    static constexpr std::int64_t kTurned = 256;
+
+    template <Type X>
+    static void rotate_as(const Rotation& rotation, std::int64_t first, std::int64_t last) {
         const Extent& extent = rotation.extent;
         const std::int64_t half = rotation.rotated / 2, rest = extent.cols - rotation.rotated;
-        alignas(64) Buffer cos1, sin1, cos2, sin2, x1, x2;
         for (std::int64_t token = first; token < last; ++token)
-            for (std::int64_t c = 0; c < half; c += kPiece) {
-                const std::int64_t count = at_most(half - c, kPiece);
+            for (std::int64_t column = 0; column < half; column += kTurned) {
+                const std::int64_t count = half - column < kTurned ? half - column : kTurned;
                 Place place(extent, token * extent.inner);
-                read(rotation.cos, place, c, count, cos1);
-                read(rotation.cos, place, half + c, count, cos2);
-                read(rotation.sin, place, c, count, sin1);
-                read(rotation.sin, place, half + c, count, sin2);
-                // What x2 adds to the first half, and x1 to the second.
-                const float* cross1 = rotation.inverse ? sin2 : sin1;
-                const float* cross2 = rotation.inverse ? sin1 : sin2;
-                const float sign = rotation.inverse ? 1.0f : -1.0f;
+                alignas(64) float cos1[kTurned], cos2[kTurned], sin1[kTurned], sin2[kTurned];
+                widen(rotation.cos, place, column, count, 1.0f, cos1);
+                widen(rotation.cos, place, half + column, count, 1.0f, cos2);
+                widen(rotation.sin, place, column, count, rotation.inverse ? 1.0f : -1.0f, sin1);
+                widen(rotation.sin, place, half + column, count, rotation.inverse ? 1.0f : -1.0f, sin2);
+                // What x2 adds to the first half, and x1 takes from the second.
+                const float* adds = rotation.inverse ? sin2 : sin1;
+                const float* takes = rotation.inverse ? sin1 : sin2;
                 for (place.inner = 0; place.inner < extent.inner; ++place.inner) {
-                    read(rotation.x, place, c, count, x1);
-                    read(rotation.x, place, half + c, count, x2);
-                    each(count, [&](std::int64_t i) {
-                        const float turned = x1[i] * cos1[i] + x2[i] * cross1[i] * sign;
-                        x2[i] = x2[i] * cos2[i] - x1[i] * cross2[i] * sign;
-                        x1[i] = turned;
+                    const char* x1 = address(rotation.x, place, column);
+                    const char* x2 = address(rotation.x, place, half + column);
+                    char* out1 = address(rotation.out, place, column);
+                    char* out2 = address(rotation.out, place, half + column);
+                    each<W>(count, [=, &cos1, &cos2](auto at, std::int64_t i) {
+                        const W a = at.template load<X>(x1, i), b = at.template load<X>(x2, i);
+                        const W c1 = at.template load<Type::f32>(cos1, i),
+                                c2 = at.template load<Type::f32>(cos2, i);
+                        at.template store<X>(a * c1 + b * at.template load<Type::f32>(adds, i), out1, i);
+                        at.template store<X>(b * c2 - a * at.template load<Type::f32>(takes, i), out2, i);
                     });
-                    write(x1, rotation.out, place, c, count);
-                    write(x2, rotation.out, place, half + c, count);
-                    if (c == 0 && rest > 0 && rotation.out.data != rotation.x.data)
+                    if (column == 0 && rest > 0 && rotation.out.data != rotation.x.data)
                         std::memcpy(address(rotation.out, place, rotation.rotated),
                                     address(rotation.x, place, rotation.rotated),
-                                    static_cast<std::size_t>(rest * (rotation.x.type == Type::f32 ? 4 : 2)));
+                                    static_cast<std::size_t>(rest * size_of(X)));
                 }
             }
+    }
+
+    static void widen(const Rows& rows, const Place& place, std::int64_t column, std::int64_t count,
+                      float factor, float* out) {
+        const char* numbers = address(rows, place, column);
+        with_type(rows.type, [=](auto type) {
+            each<W>(count, [=](auto at, std::int64_t i) {
+                at.template store<Type::f32>(at.template load<type.value>(numbers, i) * W(factor), out, i);
+            });
+        });
     }
 
     // Calls work(place, column, count) for pieces first … last-1.
@@ -307,7 +341,7 @@ struct Elementwise {
         Place place(extent, first / per_row);
         std::int64_t column = first % per_row * kPiece;
         for (std::int64_t piece = first; piece < last; ++piece) {
-            work(place, column, at_most(extent.cols - column, kPiece));
+            work(place, column, extent.cols - column < kPiece ? extent.cols - column : kPiece);
             column += kPiece;
             if (column < extent.cols) continue;
             column = 0;
@@ -315,75 +349,118 @@ struct Elementwise {
         }
     }
 
-    template <Activation kind>
+    template <Type X, Activation kind>
     static void gate_forward_as(const Gate& gate, std::int64_t first, std::int64_t last) {
-        alignas(64) Buffer x, up;
         over_pieces(gate.extent, first, last,
                     [&](const Place& place, std::int64_t column, std::int64_t count) {
-                        read(gate.gate, place, column, count, x);
-                        each(count, [&](std::int64_t i) { x[i] = activated<kind>(x[i]); });
-                        if (gate.up.data != nullptr) {
-                            round(x, gate.gate.type, count);
-                            read(gate.up, place, column, count, up);
-                            each(count, [&](std::int64_t i) { x[i] *= up[i]; });
-                        }
-                        write(x, gate.h, place, column, count);
+                        const char* x = address(gate.gate, place, column);
+                        char* h = address(gate.h, place, column);
+                        if (gate.up.data == nullptr)
+                            return each<Many>(count, [=](auto at, std::int64_t i) {
+                                at.template store<X>(activated<kind>(at.template load<X>(x, i)), h, i);
+                            });
+                        const char* up = address(gate.up, place, column);
+                        each<Many>(count, [=](auto at, std::int64_t i) {
+                            const Many act = activated<kind>(at.template load<X>(x, i)).template rounded<X>();
+                            at.template store<X>(act * at.template load<X>(up, i), h, i);
+                        });
                     });
     }
 
-    template <Activation kind>
+    template <Type X, Activation kind>
     static void gate_backward_as(const GateGradient& gate, std::int64_t first, std::int64_t last) {
-        alignas(64) Buffer x, up, dh, act, dx;
-        over_pieces(gate.extent, first, last,
-                    [&](const Place& place, std::int64_t column, std::int64_t count) {
-                        read(gate.gate, place, column, count, x);
-                        read(gate.dh, place, column, count, dh);
-                        each(count, [&](std::int64_t i) {
-                            const Slope at = sloped<kind>(x[i]);
-                            act[i] = at.value;
-                            dx[i] = at.slope;
-                        });
-                        if (gate.up.data == nullptr) {
-                            each(count, [&](std::int64_t i) { dx[i] *= dh[i]; });
-                            return write(dx, gate.dgate, place, column, count);
-                        }
-                        read(gate.up, place, column, count, up);
-                        round(act, gate.gate.type, count);
-                        each(count, [&](std::int64_t i) {
-                            dx[i] *= dh[i] * up[i];
-                            dh[i] *= act[i];
-                            act[i] *= up[i];
-                        });
-                        write(dx, gate.dgate, place, column, count);
-                        write(dh, gate.dup, place, column, count);
-                        if (gate.h.data != nullptr) write(act, gate.h, place, column, count);
+        over_pieces(
+            gate.extent, first, last, [&](const Place& place, std::int64_t column, std::int64_t count) {
+                const char *dh = address(gate.dh, place, column), *x = address(gate.gate, place, column);
+                char* dgate = address(gate.dgate, place, column);
+                if (gate.up.data == nullptr)
+                    return each<Many>(count, [=](auto at, std::int64_t i) {
+                        const Many slope = sloped<kind>(at.template load<X>(x, i)).slope;
+                        at.template store<X>(at.template load<X>(dh, i) * slope, dgate, i);
                     });
+                const char* up = address(gate.up, place, column);
+                char* dup = address(gate.dup, place, column);
+                char* h = gate.h.data != nullptr ? address(gate.h, place, column) : nullptr;
+                each<Many>(count, [=](auto at, std::int64_t i) {
+                    const Slope<Many> curve = sloped<kind>(at.template load<X>(x, i));
+                    const Many back = at.template load<X>(dh, i), factor = at.template load<X>(up, i);
+                    const Many act = curve.value.template rounded<X>();
+                    at.template store<X>(back * factor * curve.slope, dgate, i);
+                    at.template store<X>(back * act, dup, i);
+                    if (h != nullptr) at.template store<X>(act * factor, h, i);
+                });
+            });
+    }
+
+    // From what is known when it runs to what is known when it is compiled: work(constant).
+    template <Type type>
+    struct TypeIs {
+        static constexpr Type value = type;
+    };
+    template <NormKind kind>
+    struct NormIs {
+        static constexpr NormKind value = kind;
+    };
+    template <Activation kind>
+    struct ActivationIs {
+        static constexpr Activation value = kind;
+    };
+
+    template <class Work>
+    static void with_type(Type type, Work&& work) {
+        if (type == Type::f32) return work(TypeIs<Type::f32>{});
+        if (type == Type::bf16) return work(TypeIs<Type::bf16>{});
+        return work(TypeIs<Type::f16>{});
+    }
+
+    // Calls work(x's type, y's type, kind). Only `rms` has a y of another type than x, which is then f32.
+    template <class Work>
+    static void with_norm(NormKind kind, Type x, Type y, Work&& work) {
+        with_type(x, [&](auto type) {
+            if (kind == NormKind::layer) return work(type, type, NormIs<NormKind::layer>{});
+            if (kind == NormKind::rms_unit_offset)
+                return work(type, type, NormIs<NormKind::rms_unit_offset>{});
+            if (x == y) return work(type, type, NormIs<NormKind::rms>{});
+            return work(type, TypeIs<Type::f32>{}, NormIs<NormKind::rms>{});
+        });
+    }
+
+    template <class Work>
+    static void with_activation(Activation kind, Type x, Work&& work) {
+        with_type(x, [&](auto type) {
+            if (kind == Activation::silu) return work(type, ActivationIs<Activation::silu>{});
+            if (kind == Activation::gelu) return work(type, ActivationIs<Activation::gelu>{});
+            if (kind == Activation::gelu_tanh) return work(type, ActivationIs<Activation::gelu_tanh>{});
+            return work(type, ActivationIs<Activation::relu>{});
+        });
+    }
+
+    static void norm_forward(const Norm& norm, const float* weight, const float* bias, std::int64_t first,
+                             std::int64_t last) {
+        with_norm(norm.kind, norm.x.type, norm.y.type, [&](auto x, auto y, auto kind) {
+            norm_forward_as<x.value, y.value, kind.value>(norm, weight, bias, first, last);
+        });
+    }
+
+    static void norm_backward(const NormGradient& norm, const float* weight, std::int64_t first,
+                              std::int64_t last, float* dweight, float* dbias) {
+        with_norm(norm.kind, norm.x.type, norm.dy.type, [&](auto x, auto y, auto kind) {
+            norm_backward_as<x.value, y.value, kind.value>(norm, weight, first, last, dweight, dbias);
+        });
+    }
+
+    static void rotate(const Rotation& rotation, std::int64_t first, std::int64_t last) {
+        with_type(rotation.x.type, [&](auto x) { rotate_as<x.value>(rotation, first, last); });
     }
 
     static void gate_forward(const Gate& gate, std::int64_t first, std::int64_t last) {
-        switch (gate.kind) {
-            case Activation::silu:
-                return gate_forward_as<Activation::silu>(gate, first, last);
-            case Activation::gelu:
-                return gate_forward_as<Activation::gelu>(gate, first, last);
-            case Activation::gelu_tanh:
-                return gate_forward_as<Activation::gelu_tanh>(gate, first, last);
-            case Activation::relu:
-                return gate_forward_as<Activation::relu>(gate, first, last);
-        }
+        with_activation(gate.kind, gate.gate.type,
+                        [&](auto x, auto kind) { gate_forward_as<x.value, kind.value>(gate, first, last); });
     }
 
     static void gate_backward(const GateGradient& gate, std::int64_t first, std::int64_t last) {
-        switch (gate.kind) {
-            case Activation::silu:
-                return gate_backward_as<Activation::silu>(gate, first, last);
-            case Activation::gelu:
-                return gate_backward_as<Activation::gelu>(gate, first, last);
-            case Activation::gelu_tanh:
-                return gate_backward_as<Activation::gelu_tanh>(gate, first, last);
-            case Activation::relu:
-                return gate_backward_as<Activation::relu>(gate, first, last);
-        }
+        with_activation(gate.kind, gate.gate.type,
+                        [&](auto x, auto kind) { gate_backward_as<x.value, kind.value>(gate, first, last); });
     }
 
     static constexpr ElementwiseKernels kKernels = {norm_forward, norm_backward, rotate, gate_forward,

@@ -61,6 +61,68 @@ void decode_span(const Weight& weight, std::int64_t begin, std::int64_t count, T
     });
 }
 
+// The bits of bf16 in the upper halves, NaN kept.
+uint32x4_t bf16_bits(float32x4_t numbers) {
+    const uint32x4_t quiet = vorrq_u32(vreinterpretq_u32_f32(numbers), vdupq_n_u32(1u << 22));
+    return vbslq_u32(vceqq_f32(numbers, numbers), round_at_16(numbers), quiet);
+}
+
+// 4 lanes, see vector::One.
+struct Wide {
+    static constexpr int kLanes = 4;
+    using Mask = uint32x4_t;
+    float32x4_t v;
+
+    Wide() = default;
+    Wide(float32x4_t numbers) : v(numbers) {}
+    Wide(float number) : v(vdupq_n_f32(number)) {}
+
+    template <Type type>
+    static Wide load(const void* numbers, std::int64_t i) {
+        if constexpr (type == Type::f32) return vld1q_f32(static_cast<const float*>(numbers) + i);
+        const uint16x4_t words = vld1_u16(static_cast<const std::uint16_t*>(numbers) + i);
+        if constexpr (type == Type::f16) return vcvt_f32_f16(vreinterpret_f16_u16(words));
+        return vreinterpretq_f32_u32(vshll_n_u16(words, 16));
+    }
+    template <Type type>
+    void store(void* numbers, std::int64_t i) const {
+        if constexpr (type == Type::f32) return vst1q_f32(static_cast<float*>(numbers) + i, v);
+        uint16x4_t words;
+        if constexpr (type == Type::f16)
+            words = vreinterpret_u16_f16(vcvt_f16_f32(v));
+        else
+            words = vshrn_n_u32(bf16_bits(v), 16);
+        vst1_u16(static_cast<std::uint16_t*>(numbers) + i, words);
+    }
+    template <Type type>
+    Wide rounded() const {
+        if constexpr (type != Type::bf16) return rounded4(v, type);
+        return vreinterpretq_f32_u32(vandq_u32(bf16_bits(v), vdupq_n_u32(0xffff0000u)));
+    }
+
+    friend Wide operator+(Wide a, Wide b) { return vaddq_f32(a.v, b.v); }
+    friend Wide operator-(Wide a, Wide b) { return vsubq_f32(a.v, b.v); }
+    friend Wide operator*(Wide a, Wide b) { return vmulq_f32(a.v, b.v); }
+    friend Wide operator/(Wide a, Wide b) { return vdivq_f32(a.v, b.v); }
+    friend Mask operator<(Wide a, Wide b) { return vcltq_f32(a.v, b.v); }
+    friend Wide select(Mask condition, Wide yes, Wide no) { return vbslq_f32(condition, yes.v, no.v); }
+    friend Wide at_least(Wide a, float limit) { return vmaxq_f32(a.v, vdupq_n_f32(limit)); }
+    friend Wide at_most(Wide a, float limit) { return vminq_f32(a.v, vdupq_n_f32(limit)); }
+    float total() const {
+        const float32x2_t two = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+        return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
+    friend Wide magnitude(Wide a) { return vabsq_f32(a.v); }
+    friend Wide scaled(Wide a, Wide shifted, Wide) {
+        const uint32x4_t biased =
+            vsubq_u32(vreinterpretq_u32_f32(shifted.v), vdupq_n_u32(0x4b400000u - 254u));
+        const uint32x4_t half = vshrq_n_u32(biased, 1);
+        const float32x4_t first = vreinterpretq_f32_u32(vshlq_n_u32(half, 23));
+        const float32x4_t second = vreinterpretq_f32_u32(vshlq_n_u32(vsubq_u32(biased, half), 23));
+        return vmulq_f32(vmulq_f32(a.v, first), second);
+    }
+};
+
 void decode_wide(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, float* out) {
     decode_span(
         weight, begin, count, type,
@@ -165,7 +227,7 @@ const Kernels* neon_kernels() {
         k.add = plain::add;
         k.multiply_rows = multiply_rows;
         k.arithmetic = arithmetic;
-        k.elementwise = &rows::Elementwise<plain::to_float, plain::from_float>::kKernels;
+        k.elementwise = &rows::Elementwise<Wide, rows::Twice<rows::Twice<Wide>>>::kKernels;
         k.loss_sums = loss::loss_sums;
         k.loss_gradient = loss::loss_gradient<plain::from_float>;
         k.softmax = softmax::kSoftmax;

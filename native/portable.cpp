@@ -90,7 +90,7 @@ constexpr Kernels kPortable = {
     .loss_gradient = loss::loss_gradient<plain::from_float>,
     .to_float = plain::to_float,
     .from_float = plain::from_float,
-    .elementwise = &rows::Elementwise<plain::to_float, plain::from_float>::kKernels,
+    .elementwise = &rows::Elementwise<vector::One, vector::One>::kKernels,
     .softmax = softmax::kSoftmax,
 };
 

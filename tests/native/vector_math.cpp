@@ -27,8 +27,8 @@ double exact_sigmoid(double x) { return x < 0 ? std::exp(x) / (1 + std::exp(x)) 
 double exact_cumulative(double x) { return 0.5 * std::erfc(-x / std::sqrt(2.0)); }
 double exact_density(double x) { return std::exp(-0.5 * x * x) / std::sqrt(2 * std::acos(-1.0)); }
 double squared(double x) { return x * x; }
-float cumulative(float x) { return vector::normal(x).cumulative; }
-float density(float x) { return vector::normal(x).density; }
+float cumulative(float x) { return vector::normal(vector::One(x)).cumulative.v; }
+float density(float x) { return vector::normal(vector::One(x)).density.v; }
 double exact_exp(double x) { return std::exp(x); }
 double exact_tanh(double x) { return std::tanh(x); }
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from halfbyte.kernels.cpu.calls import native, threads
-from halfbyte.kernels.cpu.rows import ABSENT, layout, readable
+from halfbyte.kernels.cpu.rows import ABSENT, fresh, layout, readable
 
 _KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # Activation of native/elementwise.hpp
 
 
 def activation_forward(x: Tensor, kind: str) -> Tensor:
     """See `reference.activation_forward`."""
-    y = x.new_empty(x.shape)
+    y = fresh(x)
     extent, (from_x, to_y), _held = readable(x, y, flat=True)
     native().gate_forward(_KINDS[kind], extent, from_x, ABSENT, to_y, threads())
     return y
@@ -23,7 +23,7 @@ def activation_forward(x: Tensor, kind: str) -> Tensor:
 
 def activation_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     """See `reference.activation_backward`."""
-    dx = x.new_empty(x.shape)
+    dx = fresh(x)
     extent, (from_dy, from_x, to_dx), _held = readable(dy, x, dx, flat=True)
     native().gate_backward(_KINDS[kind], extent, from_dy, from_x, ABSENT, to_dx, ABSENT, ABSENT, threads())
     return dx
@@ -31,7 +31,7 @@ def activation_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
 
 def gated_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """See `reference.gated_forward`."""
-    h = gate.new_empty(gate.shape)
+    h = fresh(gate)
     extent, rows, _held = readable(gate, up, h, flat=True)
     native().gate_forward(_KINDS[kind], extent, *rows, threads())
     return h
@@ -41,8 +41,8 @@ def gated_backward(
     dh: Tensor, gate: Tensor, up: Tensor, kind: str, recompute_h: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.gated_backward`."""
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    h = gate.new_empty(gate.shape) if recompute_h else None
+    dgate, dup = fresh(gate), fresh(gate)
+    h = fresh(gate) if recompute_h else None
     extent, rows, _held = readable(dh, gate, up, dgate, dup, h, flat=True)
     native().gate_backward(_KINDS[kind], extent, *rows, threads())
     return dgate, dup, gate.new_empty(0) if h is None else h
@@ -50,7 +50,7 @@ def gated_backward(
 
 def gated_backward_in_place(dh: Tensor, gate: Tensor, up: Tensor, kind: str, recompute_h: bool) -> Tensor:
     """See `reference.gated_backward_in_place`."""
-    h = gate.new_empty(gate.shape) if recompute_h else None
+    h = fresh(gate) if recompute_h else None
     if dh.stride(-1) != 1:
         dh = dh.contiguous()
     found = layout(dh, gate, up, gate, up, h, flat=True)

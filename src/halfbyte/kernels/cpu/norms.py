@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.cpu.calls import DTYPES, native, threads
-from halfbyte.kernels.cpu.rows import readable
+from halfbyte.kernels.cpu.rows import fresh, readable
 
 _RMS, _RMS_UNIT_OFFSET, _LAYER = 0, 1, 2  # NormKind of native/elementwise.hpp
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
     """See `reference.rms_norm_forward`."""
-    y, rstd, _ = _forward(x, None, weight, None, eps, _RMS_UNIT_OFFSET if unit_offset else _RMS)
-    return y, rstd
+    kind = _RMS_UNIT_OFFSET if unit_offset else _RMS
+    return _forward(x, None, None, weight, None, None, eps, kind)
 
 
 def add_rms_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.add_rms_norm_forward`."""
-    return _forward(x, residual, weight, None, eps, _RMS_UNIT_OFFSET if unit_offset else _RMS)
+    total = fresh(x)
+    kind = _RMS_UNIT_OFFSET if unit_offset else _RMS
+    return *_forward(x, residual, total, weight, None, None, eps, kind), total
 
 
 def rms_norm_backward(
@@ -46,7 +48,8 @@ def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.layer_norm_forward`."""
-    y, rstd, mean = _forward(x, None, weight, bias, eps, _LAYER)
+    mean = _statistic(x)
+    y, rstd = _forward(x, None, None, weight, bias, mean, eps, _LAYER)
     return y, mean, rstd
 
 
@@ -64,14 +67,21 @@ def layer_norm_backward(
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, rstd, and the sum with the residual or else the mean, empty where there is neither."""
-    wide = kind == _RMS and weight.dtype != x.dtype
-    y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype) if wide else x.dtype)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    mean = torch.empty_like(rstd) if kind == _LAYER else None
-    total = None if residual is None else x.new_empty(x.shape)
+    x: Tensor,
+    residual: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    eps: float,
+    kind: int,
+) -> tuple[Tensor, Tensor]:
+    """Makes y and rstd; fills `total` and `mean` where they are given."""
+    if kind == _RMS and weight.dtype != x.dtype:
+        y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    else:
+        y = fresh(x)
+    rstd = _statistic(x)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     extent, rows, _held = readable(x, y, residual, total)
     native().norm_forward(
@@ -84,8 +94,11 @@ def _forward(
         rstd.data_ptr(),
         threads(),
     )
-    extra = mean if total is None else total
-    return y, rstd, rstd.new_empty(0) if extra is None else extra
+    return y, rstd
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _backward(
@@ -98,7 +111,7 @@ def _backward(
     weight_grad: bool,
     kind: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_empty(x.shape)
+    dx = fresh(x)
     sums = rstd.new_empty((2 if kind == _LAYER else 1, x.shape[-1] if weight_grad else 0))
     weight, rstd = weight.contiguous(), rstd.contiguous()
     mean = None if mean is None else mean.contiguous()

@@ -8,12 +8,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from halfbyte.kernels.cpu.calls import DTYPES, native, threads
-from halfbyte.kernels.cpu.rows import Rows
+from halfbyte.kernels.cpu.rows import Rows, fresh
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """See `reference.rotate`."""
-    out = x.new_empty(x.shape)
+    out = fresh(x)
     rotate_into(x, cos, sin, inverse, out)
     return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from halfbyte.kernels.cpu.calls import DTYPES
@@ -16,6 +17,12 @@ Extent = tuple[int, int, int, int]  # rows in three dimensions, numbers of a row
 Rows = tuple[int, int, int, int, int]  # address, dtype, stride of each of the three dimensions in elements
 
 ABSENT: Rows = (0, 0, 0, 0, 0)
+
+
+def fresh(x: Tensor) -> Tensor:
+    """A contiguous tensor like x, its numbers unset."""
+    # The second is right for both but takes twice as long, which counts where one token is decoded at a time.
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def layout(*tensors: Tensor | None, flat: bool = False) -> tuple[Extent, list[Rows]] | None:
@@ -33,10 +40,36 @@ def layout(*tensors: Tensor | None, flat: bool = False) -> tuple[Extent, list[Ro
     assert first is not None
     count = first.numel()
     cols = count if flat else first.shape[-1]
-    if all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        rows = [ABSENT if t is None else (t.data_ptr(), DTYPES[t.dtype], 0, 0, cols) for t in tensors]
-        return (1, 1, count // max(cols, 1), cols), rows
-    shape = first.shape
+    rows: list[Rows] = []
+    for tensor in tensors:
+        if tensor is None:
+            rows.append(ABSENT)
+        elif tensor.is_contiguous():
+            rows.append((tensor.data_ptr(), DTYPES[tensor.dtype], 0, 0, cols))
+        else:
+            return _strided_layout(first.shape, tensors)
+    return (1, 1, count // max(cols, 1), cols), rows
+
+
+def readable(
+    *tensors: Tensor | None, flat: bool = False
+) -> tuple[Extent, list[Rows], tuple[Tensor | None, ...]]:
+    """`layout` of tensors that are only read: copied where there is no other way.
+
+    Returns:
+        The extent, each tensor's rows, and the tensors that own the memory, to be held until it has been used.
+    """
+    found = layout(*tensors, flat=flat)
+    if found is None:
+        tensors = tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+        found = layout(*tensors, flat=flat)
+        assert found is not None, "contiguous tensors always have a form"
+    return *found, tensors
+
+
+def _strided_layout(
+    shape: torch.Size, tensors: tuple[Tensor | None, ...]
+) -> tuple[Extent, list[Rows]] | None:
     strides = [None if tensor is None else tensor.stride() for tensor in tensors]
     if shape[-1] > 1 and any(stride is not None and stride[-1] != 1 for stride in strides):
         return None
@@ -54,20 +87,6 @@ def layout(*tensors: Tensor | None, flat: bool = False) -> tuple[Extent, list[Ro
             a, b, c = [0] * missing + next(found)
             rows.append((tensor.data_ptr(), DTYPES[tensor.dtype], a, b, c))
     return (outer, middle, inner, shape[-1]), rows
-
-
-def readable(*tensors: Tensor | None, flat: bool = False) -> tuple[Extent, list[Rows], list[Tensor | None]]:
-    """`layout` of tensors that are only read: copied where there is no other way.
-
-    Returns:
-        The extent, each tensor's rows, and the tensors that own the memory, to be held until it has been used.
-    """
-    found = layout(*tensors, flat=flat)
-    if found is None:
-        tensors = tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-        found = layout(*tensors, flat=flat)
-        assert found is not None, "contiguous tensors always have a form"
-    return *found, list(tensors)
 
 
 def _joined(sizes: Sequence[int], strides: list[tuple[int, ...]]) -> tuple[list[int], list[list[int]]]:
