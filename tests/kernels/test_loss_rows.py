@@ -35,8 +35,8 @@ SUBNORMAL = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-134, torch.float16:
 BENT = 12 * ULP
 # An exponential: 4 ulp of 2^-24; the sum of a tile: 16 terms in a lane and 4 foldings; the tiles in double.
 EXPONENTIALS = (4 + 20) * ULP
-# Exponentials below e^-87.3 are zero.
-VANISHED = math.exp(-87.3)
+# Exponentials below the smallest normal number are spaced 2^-149 apart, and so are their products.
+VANISHED = 2.0**-148
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, LossTerms]
 LossRows = Callable[..., tuple[Tensor, Tensor]]
