@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from halfbyte.errors import ModelError
-from halfbyte.kernels import attention as kernel
 from halfbyte.kernels import native
 from halfbyte.model import attention, documents, public
 from halfbyte.model.isolation import prove_isolation
