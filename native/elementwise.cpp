@@ -83,7 +83,7 @@ void norm_backward(const Kernels& kernels, const NormGradient& norm, int threads
                                                dweight, dbias);
         }
     };
-    parallel(sums, threads, part);
+    if (rows > 0) parallel(sums, threads, part);
     for (std::int64_t s = 1; s < sums; ++s) {
         const float* more = partial.data() + s * width;
         for (std::int64_t c = 0; c < width; ++c) partial[static_cast<std::size_t>(c)] += more[c];

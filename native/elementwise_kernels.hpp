@@ -158,7 +158,7 @@ inline char* address(const Rows& rows, const Place& place, std::int64_t column) 
 
 template <Activation kind, class F>
 inline F activated(F x) {
-    if constexpr (kind == Activation::relu) return select(F(0.0f) < x, x, at_most(x, 0.0f) * 0.0f);
+    if constexpr (kind == Activation::relu) return select(x < F(0.0f), F(0.0f), x);
     const F above = at_least(x, -128.0f);  // so that -infinity times 0 never happens
     if constexpr (kind == Activation::silu) return above * vector::sigmoid(above);
     if constexpr (kind == Activation::gelu) return above * vector::normal(above).cumulative;
@@ -176,8 +176,8 @@ struct Slope {
 template <Activation kind, class F>
 inline Slope<F> sloped(F x) {
     if constexpr (kind == Activation::relu) {
-        const F positive = select(F(0.0f) < x, F(1.0f), F(0.0f));
-        return {activated<kind>(x), select(x < F(0.0f), F(0.0f), positive)};
+        const F corner = magnitude(x);  // 0, or NaN
+        return {activated<kind>(x), select(F(0.0f) < x, F(1.0f), select(x < F(0.0f), F(0.0f), corner))};
     }
     const F above = at_least(x, -128.0f), within = at_most(above, 128.0f);
     if constexpr (kind == Activation::silu) {

@@ -101,12 +101,12 @@ def rms_norm_backward(
     """Gradients of `rms_norm_forward`; no autograd.
 
     Args:
-        dy: (..., D), gradient of y.
+        dy: (..., D), gradient of y, in y's dtype.
         x: What was normalised, the sum where there was a residual.
         weight: As in the forward pass.
         rstd: From the forward pass.
         unit_offset: As in the forward pass.
-        residual_grad: (..., D), what else flows into x (the residual stream's gradient): added before the rounding.
+        residual_grad: Like x, what else flows into it (the residual stream's gradient): added before the rounding.
         weight_grad: Whether the weight's gradient is wanted.
 
     Returns:
@@ -116,7 +116,8 @@ def rms_norm_backward(
     Raises:
         KernelError: HB402 when shapes, dtypes or devices do not fit.
     """
-    _require_backward("rms_norm_backward", dy, x, weight, residual_grad)
+    dtype = _output_dtype(x, weight, unit_offset)
+    _require_backward("rms_norm_backward", dy, x, weight, residual_grad, dtype)
     _require_statistic("rms_norm_backward", "rstd", rstd, x)
     dx, dweight = torch.ops.halfbyte.rms_norm_backward(
         dy, x, weight, rstd, unit_offset, residual_grad, weight_grad
@@ -168,7 +169,7 @@ def layer_norm_backward(
         weight: As in the forward pass.
         mean: From the forward pass.
         rstd: From the forward pass.
-        residual_grad: (..., D), what else flows into x: added before the rounding.
+        residual_grad: Like x, what else flows into it: added before the rounding.
         weight_grad: Whether the gradients of weight and bias are wanted.
 
     Returns:
@@ -178,7 +179,7 @@ def layer_norm_backward(
     Raises:
         KernelError: HB402 when shapes, dtypes or devices do not fit.
     """
-    _require_backward("layer_norm_backward", dy, x, weight, residual_grad)
+    _require_backward("layer_norm_backward", dy, x, weight, residual_grad, x.dtype)
     _require_statistic("layer_norm_backward", "mean", mean, x)
     _require_statistic("layer_norm_backward", "rstd", rstd, x)
     dx, dweight, dbias = torch.ops.halfbyte.layer_norm_backward(
@@ -280,12 +281,17 @@ def _require_normed(operation: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _require_backward(
-    operation: str, dy: Tensor, x: Tensor, weight: Tensor, residual_grad: Tensor | None
+    operation: str, dy: Tensor, x: Tensor, weight: Tensor, residual_grad: Tensor | None, dtype: torch.dtype
 ) -> None:
     _require_normed(operation, x, weight)
-    require_shape(operation, "dy", dy, x, x.shape)
+    if dy.dtype != dtype or dy.shape != x.shape or dy.device != x.device:
+        raise refused(operation, "dy", dy, f"{tuple(x.shape)} {dtype} on {x.device}")
     if residual_grad is not None:
-        require_shape(operation, "residual_grad", residual_grad, x, x.shape)
+        require_like(operation, "residual_grad", residual_grad, x)
+
+
+def _output_dtype(x: Tensor, weight: Tensor, unit_offset: bool) -> torch.dtype:
+    return x.dtype if unit_offset else torch.promote_types(x.dtype, weight.dtype)
 
 
 def _require_statistic(operation: str, name: str, statistic: Tensor, x: Tensor) -> None:
@@ -299,8 +305,7 @@ def _wide_empty(x: Tensor, *shape: int) -> Tensor:
 
 
 def _rms_shapes(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype if unit_offset else torch.promote_types(x.dtype, weight.dtype)
-    return x.new_empty(x.shape, dtype=dtype), _wide_empty(x, *x.shape[:-1])
+    return x.new_empty(x.shape, dtype=_output_dtype(x, weight, unit_offset)), _wide_empty(x, *x.shape[:-1])
 
 
 def _add_rms_shapes(

@@ -40,8 +40,8 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.rms_norm_backward`."""
     kind = _RMS_UNIT_OFFSET if unit_offset else _RMS
-    dx, dweight, _ = _backward(dy, x, weight, None, rstd, residual_grad, weight_grad, kind)
-    return dx, dweight
+    dweight = _sums(x, weight_grad)
+    return _backward(dy, x, weight, None, rstd, residual_grad, dweight, None, kind), dweight
 
 
 def layer_norm_forward(
@@ -63,7 +63,9 @@ def layer_norm_backward(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.layer_norm_backward`."""
-    return _backward(dy, x, weight, mean, rstd, residual_grad, weight_grad, _LAYER)
+    dweight, dbias = _sums(x, weight_grad), _sums(x, weight_grad)
+    dx = _backward(dy, x, weight, mean, rstd, residual_grad, dweight, dbias, _LAYER)
+    return dx, dweight, dbias
 
 
 def _forward(
@@ -108,11 +110,12 @@ def _backward(
     mean: Tensor | None,
     rstd: Tensor,
     residual_grad: Tensor | None,
-    weight_grad: bool,
+    dweight: Tensor,
+    dbias: Tensor | None,
     kind: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
+    """Makes dx; fills `dweight` and `dbias` where they are given and not empty."""
     dx = fresh(x)
-    sums = rstd.new_empty((2 if kind == _LAYER else 1, x.shape[-1] if weight_grad else 0))
     weight, rstd = weight.contiguous(), rstd.contiguous()
     mean = None if mean is None else mean.contiguous()
     extent, rows, _held = readable(dy, x, dx, residual_grad)
@@ -123,8 +126,12 @@ def _backward(
         (DTYPES[weight.dtype], weight.data_ptr(), 0),
         0 if mean is None else mean.data_ptr(),
         rstd.data_ptr(),
-        sums[0].data_ptr() if weight_grad else 0,
-        sums[1].data_ptr() if weight_grad and kind == _LAYER else 0,
+        dweight.data_ptr(),  # 0 where it is empty
+        0 if dbias is None else dbias.data_ptr(),
         threads(),
     )
-    return dx, sums[0], sums[-1]
+    return dx
+
+
+def _sums(x: Tensor, wanted: bool) -> Tensor:
+    return torch.empty(x.shape[-1] if wanted else 0, dtype=torch.float32)

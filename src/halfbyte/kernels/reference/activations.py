@@ -77,7 +77,7 @@ def _activated(x: Tensor, kind: str) -> Tensor:
 
 def _slope(x: Tensor, kind: str) -> Tensor:
     if kind == "relu":
-        return (~(x <= 0)).to(x.dtype)
+        return torch.where(x.isnan(), x, (x > 0).to(x.dtype))
     x = x.clamp(-FAR, FAR)
     if kind == "silu":
         s = torch.sigmoid(x)
