@@ -241,28 +241,41 @@ def test_model_is_left_without_hooks_even_after_an_error() -> None:
     assert model(input_ids=input_ids).logits.shape == (3, 9, V)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_real_model_s_loss_and_lora_gradients_are_its_own(shared, dtype: torch.dtype) -> None:
-    folder: Path = shared("models/base-11m")
+def adapted(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The same adapters on a model in any dtype."""
     model = load(folder, quantization=None, dtype=dtype)
     add_lora(model, LoraSpec(r=4), seed=0)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def distance(got: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """How far gradients are from others, relative to those, over all parameters."""
+    off = sum(float((got[name].float() - gradient).square().sum()) for name, gradient in exact.items())
+    return (off / sum(float(gradient.square().sum()) for gradient in exact.values())) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_real_model_s_loss_and_lora_gradients_are_its_own(shared, dtype: torch.dtype) -> None:
+    folder: Path = shared("models/base-11m")
+    model, wide = adapted(folder, dtype), adapted(folder, torch.float32)
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(10, model.config.vocab_size, (3, 65), generator=generator)
     labels = input_ids.masked_fill(torch.arange(65) < 20, UNTRAINED)
+    exact = gradients(wide, wide(input_ids=input_ids, labels=labels).loss)
     theirs = model(input_ids=input_ids, labels=labels).loss
     ours = trained_loss(model, {"input_ids": input_ids, "use_cache": False}, labels, divisor=3 * 45)
     assert head_route(model).way == "dense"
-    # In 16 bits every product and every gradient between layers is rounded to 2^-8; ours differs from theirs in the
-    # gradient of the logits alone, rounded once here and there, so in one rounding of ~1000 that partly cancel.
     assert abs(ours.objective.item() - theirs.item()) <= (
         LOSS_TOLERANCE if dtype is torch.float32 else 2.0**-8
     )
     got, expected = gradients(model, ours.objective), gradients(model, theirs)
-    tolerance = 4 * GRADIENT_TOLERANCE if dtype is torch.float32 else 4 * 2.0**-8
-    for name, gradient in expected.items():
-        off = (got[name] - gradient).norm() / gradient.norm()
-        assert off <= tolerance, f"{name}: {off:.3g}"
+    if dtype is torch.float32:
+        for name, gradient in expected.items():
+            off = (got[name] - gradient).norm() / gradient.norm()
+            assert off <= 4 * GRADIENT_TOLERANCE, f"{name}: {off:.3g}"
+    else:  # both are rounded at every step to 8 bits, the model's logits too: neither is the measure of the other
+        assert distance(got, exact) <= 1.25 * distance(expected, exact)
     assert set(got) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
