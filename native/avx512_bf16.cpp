@@ -61,15 +61,30 @@ struct Run {
     __m512i even, odd;
 };
 
-// The 64 weights of a run. A subnormal becomes zero in `cvtneps`, as it would in the product.
-HALFBYTE_INLINE Run look_up(const Weight& weight, __m512 codebook, std::int64_t e) {
-    const __m512 scale = _mm512_set1_ps(plain::scale_of(weight, e));
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codebook, scale));
+// The 64 weights of a run from e on. A subnormal becomes zero in `cvtneps`, as it would in the product.
+HALFBYTE_INLINE Run look_up(const Weight& weight, __m512 codebook, std::int64_t e, float scale) {
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codebook, _mm512_set1_ps(scale)));
     const __m512i table = _mm512_broadcast_i64x4(half);  // twice, so that bit 4 of an index does not matter
     const auto* bytes = reinterpret_cast<const __m256i*>(weight.codes + e / 2);
     const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes));
     return {_mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table),
             _mm512_permutexvar_epi16(index, table)};
+}
+
+constexpr int kRuns = 16;  // whose scales are decoded together
+
+// The scales of `runs` runs from element e on. See `scale_of` in portable.hpp.
+HALFBYTE_INLINE void run_scales(const Weight& weight, std::int64_t e, std::int64_t runs, float* scales) {
+    const std::int64_t g = e / 64;
+    if (runs == kRuns && weight.blocksize == 64 && weight.nested_scales != nullptr && g % 256 <= 240) {
+        const auto* codes =
+            reinterpret_cast<const __m128i*>(static_cast<const std::uint8_t*>(weight.scales) + g);
+        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes));
+        const __m512 values = _mm512_i32gather_ps(index, weight.nested_codebook, 4);
+        const __m512 product = _mm512_mul_ps(values, _mm512_set1_ps(weight.nested_scales[g / kNestedBlock]));
+        return _mm512_storeu_ps(scales, _mm512_add_ps(product, _mm512_set1_ps(weight.offset)));
+    }
+    for (std::int64_t i = 0; i < runs; ++i) scales[i] = plain::scale_of(weight, e + 64 * i);
 }
 
 constexpr int kAhead = 2048;  // bytes; the processor itself does not look beyond a page
@@ -84,17 +99,25 @@ void few_rows(const Weight& weight, std::int64_t n, const std::uint16_t* a, floa
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) c[r][m] = _mm512_setzero_ps();
-    for (std::int64_t k = 0; k < cols; k += 64) {
+    for (std::int64_t k0 = 0; k0 < cols; k0 += 64 * kRuns) {
+        const std::int64_t runs = (cols - k0) / 64 < kRuns ? (cols - k0) / 64 : kRuns;
+        float scales[R][kRuns];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const std::int64_t e = (n + r) * cols + k;
-            if (k % 128 == 0)
-                _mm_prefetch(reinterpret_cast<const char*>(weight.codes + e / 2) + kAhead, _MM_HINT_T0);
-            const Run run = look_up(weight, codebook, e);
+        for (int r = 0; r < R; ++r) run_scales(weight, (n + r) * cols + k0, runs, scales[r]);
+        for (std::int64_t run = 0; run < runs; ++run) {
+            const std::int64_t k = k0 + 64 * run;
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                c[r][m] = Pairs::fma(c[r][m], run.even, _mm512_loadu_si512(a + m * cols + k));
-                c[r][m] = Pairs::fma(c[r][m], run.odd, _mm512_loadu_si512(a + m * cols + k + 32));
+            for (int r = 0; r < R; ++r) {
+                const std::int64_t e = (n + r) * cols + k;
+                if (run % 2 == 0)
+                    _mm_prefetch(reinterpret_cast<const char*>(weight.codes + e / 2) + kAhead, _MM_HINT_T0);
+                const Run values = look_up(weight, codebook, e, scales[r][run]);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    const std::uint16_t* row = a + m * cols + k;
+                    c[r][m] = Pairs::fma(c[r][m], values.even, _mm512_loadu_si512(row));
+                    c[r][m] = Pairs::fma(c[r][m], values.odd, _mm512_loadu_si512(row + 32));
+                }
             }
         }
     }
@@ -119,7 +142,7 @@ void multiply_rows(const Weight& weight, Type type, std::int64_t first, std::int
     const auto* a = static_cast<const std::uint16_t*>(prepared);
     switch (rows) {
         case 1:
-            return all_rows<4, 1>(weight, first, last, a, sums);
+            return all_rows<8, 1>(weight, first, last, a, sums);
         case 2:
             return all_rows<4, 2>(weight, first, last, a, sums);
         case 3:
