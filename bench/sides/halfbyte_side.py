@@ -17,6 +17,7 @@ from protocol import Link
 import halfbyte
 from halfbyte.config import TrainConfig
 from halfbyte.data.tokenise import Example
+from halfbyte.model.blocks import plan_memory
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.metrics import StepRecord
 
@@ -57,6 +58,8 @@ def main() -> None:
     torch.set_num_threads(options["threads"])
     model = halfbyte.load(options["model"], quantization="nf4", dtype="bfloat16")
     halfbyte.add_lora(model, r=options["r"], alpha=options["alpha"])
+    if options.get("recompute"):
+        plan_memory(model, 1, budget_bytes=0)
     rows = json.loads(Path(options["rows"]).read_text(encoding="utf-8"))
     config = TrainConfig(
         batch_size=options["batch_size"], max_steps=10**6, learning_rate=options["learning_rate"]
