@@ -2,9 +2,9 @@
 // activations. The first half is what an instruction set offers (elementwise_kernels.hpp holds the one
 // definition that each compiles for itself), the second splits the work over threads.
 //
-// Arithmetic is in float with the roundings named here; sums run over 16 lanes that are folded pairwise, so
-// that neither the instruction set nor the number of threads changes a bit. Results may lie where their own
-// input lies.
+// Arithmetic is in float with the roundings named here, nothing is fused, and sums are in an order of their
+// own, so that neither the instruction set nor the number of threads changes a bit. Results may lie exactly
+// where an operand of the same extent lies, or apart from all of them.
 #pragma once
 
 #include "kernels.hpp"
@@ -84,7 +84,8 @@ struct GateGradient {
     Rows dh, gate, up, dgate, dup, h;
 };
 
-constexpr std::int64_t kPiece = 512;  // numbers worked on at a time: a few float buffers of 2 KiB stay in L1
+constexpr std::int64_t kPiece =
+    512;  // numbers of a row that one thread takes at a time where rows do not matter
 
 struct ElementwiseKernels {
     // Rows first … last-1 in the order (0, 0, 0), (0, 0, 1), … `weight` and `bias` are the norm's as floats,

@@ -1,42 +1,16 @@
 // The functions of `ElementwiseKernels`, once for all instruction sets: W is the vector of the file that
-// includes this (see `vector::One`), and what is left over at the end of a row goes through `One`. Everything
-// is in an unnamed namespace, see kernels.hpp. X is the type of x and of all that has its type, Y the type of
-// y and dy.
+// includes this, see `vector::One`. Everything is in an unnamed namespace, see kernels.hpp. X is the type of
+// x and of all that has its type, Y the type of y and dy.
 #pragma once
 
 #include <math.h>
 
-#include "elementwise.hpp"
-#include "vector_loops.hpp"
+#include "row_loops.hpp"
 #include "vector_math.hpp"
 
 namespace halfbyte {
 namespace {
 namespace rows {
-
-// Where a row stands in its extent.
-struct Place {
-    std::int64_t outer, middle, inner;
-
-    Place(const Extent& extent, std::int64_t row)
-        : outer(row / extent.inner / extent.middle),
-          middle(row / extent.inner % extent.middle),
-          inner(row % extent.inner) {}
-
-    void advance(const Extent& extent) {
-        if (++inner < extent.inner) return;
-        inner = 0;
-        if (++middle < extent.middle) return;
-        middle = 0;
-        ++outer;
-    }
-};
-
-inline char* address(const Rows& rows, const Place& place, std::int64_t column) {
-    const std::int64_t element =
-        rows.stride[0] * place.outer + rows.stride[1] * place.middle + rows.stride[2] * place.inner + column;
-    return static_cast<char*>(rows.data) + element * size_of(rows.type);
-}
 
 template <Activation kind, class F>
 inline F activated(F x) {

@@ -54,11 +54,11 @@ struct One {
     friend One magnitude(One a) {
         return plain::bits_as<float>(plain::bits_as<std::uint32_t>(a.v) & 0x7fffffffu);
     }
-    // a · 2^n rounded once, for 0.5 < a < 2 and -152 < n < 130, where `shifted` is n + 1.5·2^23.
+    // a · 2^n rounded once, for 0.5 < a < 2 and -152 < n < 130, where `shifted` is n + 1.5·2^23. In two
+    // factors, so that the result may be subnormal or infinite.
     friend One scaled(One a, One shifted, One) {
         const std::uint32_t biased = plain::bits_as<std::uint32_t>(shifted.v) - 0x4b400000u + 2u * 127u;
-        const std::uint32_t half =
-            biased >> 1;  // two factors, so that the result may be subnormal or infinite
+        const std::uint32_t half = biased >> 1;
         return a.v * plain::bits_as<float>(half << 23) * plain::bits_as<float>((biased - half) << 23);
     }
 };

@@ -1,19 +1,11 @@
-// Loops over rows of numbers, a vector at a time: what stands at their end, sums whose order does not depend
-// on the vector, and two vectors as one. Everything is in an unnamed namespace, see kernels.hpp.
+// Loops over rows of numbers a vector at a time: where rows lie, what is left over at their ends, sums in an
+// order that does not depend on the vector. W is any vector type, see `vector::One`. Everything is in an
+// unnamed namespace, see kernels.hpp.
 #pragma once
 
-#include <cstdint>
+#include <cstring>
 
-#include "kernels.hpp"
-#include "vector_math.hpp"
-
-#if defined(__clang__)
-#define HALFBYTE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(_MSC_VER)
-#define HALFBYTE_INDEPENDENT __pragma(loop(ivdep))
-#else
-#define HALFBYTE_INDEPENDENT _Pragma("GCC ivdep")
-#endif
+#include "elementwise.hpp"
 
 namespace halfbyte {
 namespace {
@@ -21,7 +13,7 @@ namespace rows {
 
 inline std::int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
-// Where a loop stands: at a whole vector W of numbers, or at the last `count` that are none.
+// Where a loop stands: at a whole vector W of numbers, or at the last `count`, which are too few for one.
 template <class W>
 struct Whole {
     template <Type type>
@@ -53,12 +45,10 @@ struct Rest {
     std::size_t bytes(Type type) const { return static_cast<std::size_t>(count * size_of(type)); }
 };
 
-// Calls work(at, i) for `count` numbers, a vector at a time. Iterations are independent: results lie exactly
-// where an operand lies, or elsewhere.
+// Calls work(at, i) for `count` numbers, a vector at a time: everything is read before anything is written.
 template <class W, class Work>
 inline void each(std::int64_t count, Work&& work) {
     std::int64_t i = 0;
-    HALFBYTE_INDEPENDENT
     for (; i + W::kLanes <= count; i += W::kLanes) work(Whole<W>{}, i);
     if (i < count) work(Rest<W>{count - i}, i);
 }
@@ -129,6 +119,30 @@ struct Twice {
         return {scaled(x.a, shifted.a, n.a), scaled(x.b, shifted.b, n.b)};
     }
 };
+
+// Where a row stands in its extent.
+struct Place {
+    std::int64_t outer, middle, inner;
+
+    Place(const Extent& extent, std::int64_t row)
+        : outer(row / extent.inner / extent.middle),
+          middle(row / extent.inner % extent.middle),
+          inner(row % extent.inner) {}
+
+    void advance(const Extent& extent) {
+        if (++inner < extent.inner) return;
+        inner = 0;
+        if (++middle < extent.middle) return;
+        middle = 0;
+        ++outer;
+    }
+};
+
+inline char* address(const Rows& rows, const Place& place, std::int64_t column) {
+    const std::int64_t element =
+        rows.stride[0] * place.outer + rows.stride[1] * place.middle + rows.stride[2] * place.inner + column;
+    return static_cast<char*>(rows.data) + element * size_of(rows.type);
+}
 
 }  // namespace rows
 }  // namespace
