@@ -44,6 +44,12 @@ TRL_LAYERS, TRL_BATCH = 4, 8
 PACKED_BATCH = 1
 """Packed rows of 1,024 tokens that TRL takes at once: about as many tokens as 8 rows have, so about the same step."""
 
+LIMITS = {
+    "avx2": {"HALFBYTE_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "portable": {"HALFBYTE_ISA": "portable", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
+"""What limits halfbyte, torch's own kernels and its matrix library to an instruction set."""
+
 LORA = {"r": 16, "alpha": 32, "learning_rate": 2e-4, "seed": 0}
 SAME_LOSS = 2.0**-5
 """Most that first losses may differ, in nats: the same 4-bit weights, logits of up to 4, rounded to 2^-8."""
@@ -63,6 +69,7 @@ class Scope:
         rounds: Timed turns of each side.
         warmup: Untimed turns before.
         threads: Of each side.
+        isa: Instruction set that every side is limited to; None for none.
         longest: Tokens of the longest instruction row taken; None takes all.
         has_floors: Whether the figures promise something; a small model's do not.
     """
@@ -74,6 +81,7 @@ class Scope:
     rounds: int = 7
     warmup: int = 2
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    isa: str | None = None
     longest: int | None = None
     has_floors: bool = True
 
@@ -103,6 +111,7 @@ class Side:
         self.name = name
         threads = str(options["threads"])
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        own = {"OMP_NUM_THREADS": threads, "HF_HOME": str(PEERS / "hf")}
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, closed with the side
         self._process = subprocess.Popen(
             [python, SIDES / script],
@@ -110,7 +119,7 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | quiet | {"OMP_NUM_THREADS": threads, "HF_HOME": str(PEERS / "hf")},
+            env=os.environ | quiet | LIMITS.get(options["isa"], {}) | own,
         )
         self.steps: list[dict[str, float]] = []
         self.idle_s = self.others_s = 0.0
@@ -196,6 +205,7 @@ def one_row(
         ids = [3 + (7919 * i * i + 104729 * i) % 31_000 for i in range(tokens)]
         rows.write_text(json.dumps([{"input_ids": ids, "trained": [True] * tokens}]), encoding="utf-8")
         options = {"model": str(model_folder(layers)), "rows": str(rows), "threads": scope.threads, **LORA}
+        options["isa"] = scope.isa
         own = {**options, "batch_size": 1}
         ours = [
             Side("halfbyte keeping all", Path(sys.executable), "halfbyte_side.py", own),
@@ -211,6 +221,7 @@ def one_row(
         }
         take_turns([*ours, *peers.values()], scope)
         where = f"step of {tokens} tokens, {layers} layers, {scope.threads} threads"
+        where += f", all limited to {scope.isa}" if scope.isa else ""
         yield from common(where, [*ours, *peers.values()])
         yield from compared(where, ours, peers, scope)
 
@@ -239,7 +250,7 @@ def instructions(scope: Scope, python: Path) -> Iterator[Figure]:
         rows = Path(folder) / "rows.json"
         rows.write_text(json.dumps(instruction_rows(layers, scope.longest)), encoding="utf-8")
         options = {"model": str(model_folder(layers)), "rows": str(rows), "threads": scope.threads, **LORA}
-        options["batch_size"] = TRL_BATCH
+        options |= {"batch_size": TRL_BATCH, "isa": scope.isa}
         for name, floor in (("trl", TRL_FLOOR), ("packing", PACKING_FLOOR)):
             if name not in scope.scenarios:
                 continue
@@ -365,6 +376,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, action="append", help="of the model, these alone")
     parser.add_argument("--tokens", type=int, action="append", help="of a row, these alone")
     parser.add_argument("--rounds", type=int, default=scope.rounds, help="timed steps of each side")
+    parser.add_argument("--isa", choices=LIMITS, help="limit every side to this instruction set")
     parser.add_argument("--threads", type=int, default=scope.threads, help="of each side")
     options, rest = parser.parse_known_args()
     scope = Scope(
@@ -374,6 +386,8 @@ def main() -> int:
         trl_layers=options.layers[0] if options.layers else TRL_LAYERS,
         rounds=options.rounds,
         threads=options.threads,
+        isa=options.isa,
+        has_floors=options.isa is None,
     )
     return run("step_vs_peers", partial(measure, scope), rest)
 

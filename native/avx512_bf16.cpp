@@ -87,7 +87,7 @@ HALFBYTE_INLINE void run_scales(const Weight& weight, std::int64_t e, std::int64
     for (std::int64_t i = 0; i < runs; ++i) scales[i] = plain::scale_of(weight, e + 64 * i);
 }
 
-constexpr int kAhead = 2048;  // bytes; the processor itself does not look beyond a page
+constexpr int kAhead = 640;  // bytes; the processor itself does not look beyond a page
 
 // R rows of the weight from n on by M rows of activations.
 template <int R, int M>
