@@ -14,7 +14,7 @@ CPP := $(wildcard native/*.cpp native/*.hpp tests/native/*.cpp)
 .PHONY: help install demo test test-all check format bench clean
 
 help:
-	@echo 'make demo      set up, then tune the built-in tiny model with QLoRA (about 3 minutes)'
+	@echo 'make demo      set up, then tune the built-in tiny model with QLoRA (about 2 minutes)'
 	@echo 'make test      set up, then run the tests; `make test-all` adds the long ones'
 	@echo 'make check     formatting, lint, types, import contracts'
 	@echo 'make bench     every claim of the documentation, measured (hours); QUICK=1 for a short version'
