@@ -13,7 +13,7 @@ Lanes::Lanes(const Kernels& kernels, const Attention& attention)
       depth((attention.D + per_lane - 1) / per_lane),
       block(kPanel * per_lane),
       panels((attention.D + kPanel - 1) / kPanel),
-      bytes(attention.type == Type::f32 ? 4 : 2) {}
+      bytes(size_of(attention.type)) {}
 
 std::vector<Unit> units_of(const Attention& attention) {
     std::vector<Unit> units;
@@ -107,7 +107,7 @@ void Packer::along(const std::uint32_t* row, bool has_next, std::int64_t d, std:
         return;
     }
     const auto* first = reinterpret_cast<const std::uint16_t*>(row) + d;
-    kernels_.softmax.interleave(first, has_next ? first + 2 * lanes.depth : nullptr, count, to);
+    kernels_.interleave(first, has_next ? first + 2 * lanes.depth : nullptr, count, to);
 }
 
 void Packer::panels_along(const std::uint32_t* rows, std::int64_t count, std::uint32_t* to) const {

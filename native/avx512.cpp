@@ -114,7 +114,7 @@ void search_scales(const void* numbers, Type type, std::int64_t count, std::int6
     for (std::int64_t b = first; b < last; ++b) {
         const plain::Block span = plain::block_of(b, count, blocksize);
         const std::int64_t size = span.end - span.begin;
-        const std::int64_t element = type == Type::f32 ? 4 : 2;
+        const std::int64_t element = size_of(type);
         to_float(static_cast<const char*>(numbers) + span.begin * element, type, size, block);
         // Zeros add nothing to any of the three sums: the value nearest to zero is zero.
         for (std::int64_t i = size; i < blocksize; ++i) block[i] = 0.0f;
@@ -386,8 +386,7 @@ constexpr Kernels kAvx512 = {
                 .exponential_pairs = softmax::exponential_pairs,
                 .score_gradients = softmax512::score_gradients,
                 .score_gradient_pairs = softmax::score_gradient_pairs,
-                .scale_columns = softmax::scale_columns,
-                .interleave = softmax::interleave},
+                .scale_columns = softmax::scale_columns},
 };
 
 }  // namespace

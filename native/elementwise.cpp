@@ -18,7 +18,7 @@ constexpr std::int64_t kSumRows = 16;  // least rows of one
 std::int64_t rows_of(const Extent& extent) { return extent.outer * extent.middle * extent.inner; }
 
 int crew(const Extent& extent, Type type, int threads) {
-    const std::int64_t bytes = rows_of(extent) * extent.cols * (type == Type::f32 ? 4 : 2);
+    const std::int64_t bytes = rows_of(extent) * extent.cols * size_of(type);
     return bytes < kAlone ? 1 : threads;
 }
 

@@ -17,6 +17,13 @@ namespace halfbyte {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
+namespace {
+
+// Bytes of a number.
+[[maybe_unused]] constexpr std::int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+}  // namespace
+
 constexpr int kPanel = 64;         // columns of a panel: 4 vectors of 16 lanes at AVX-512
 constexpr int kNestedBlock = 256;  // scales per nested scale
 constexpr int kFewRows = 8;        // most rows of activations that `multiply_rows` takes at once
@@ -102,10 +109,6 @@ struct SoftmaxKernels {
 
     // sums[i][j] *= factors[j].
     void (*scale_columns)(float* sums, std::int64_t rows, std::int64_t columns, const float* factors);
-
-    // lanes[i] = first[i] in the low half, second[i] in the high one; second may be null: zeros.
-    void (*interleave)(const std::uint16_t* first, const std::uint16_t* second, std::int64_t count,
-                       std::uint32_t* lanes);
 };
 
 struct Kernels {

@@ -12,8 +12,6 @@ namespace {
 
 constexpr std::int64_t kDepth = 128;  // lanes at a time: a panel of 32 KiB, which stays in the L1 cache
 
-inline std::int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
 inline std::int64_t groups_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 inline const void* element(const void* numbers, Type type, std::int64_t index) {

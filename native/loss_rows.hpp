@@ -107,7 +107,7 @@ void loss_gradient(const float* row, std::int64_t count, std::int64_t target, co
     const auto slope = [&](float logit) {
         return vector::exp(logit - sums.largest) * slopes.probability - slopes.everywhere;
     };
-    const std::int64_t size = type == Type::f32 ? 4 : 2;
+    const std::int64_t size = size_of(type);
     // A tile is read whole before its gradient is written, and a gradient is no longer than its logit: `out`
     // may be the row.
     for (std::int64_t begin = 0; begin < count; begin += kTile) {

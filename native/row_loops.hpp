@@ -11,8 +11,6 @@ namespace halfbyte {
 namespace {
 namespace rows {
 
-inline std::int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
 // Where a loop stands: at a whole vector W of numbers, or at the last `count`, which are too few for one.
 template <class W>
 struct Whole {

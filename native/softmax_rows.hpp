@@ -133,16 +133,6 @@ namespace softmax {
         for (std::int64_t j = 0; j < columns; ++j) sums[j] *= factors[j];
 }
 
-[[maybe_unused]] void interleave(const std::uint16_t* __restrict first,
-                                 const std::uint16_t* __restrict second, std::int64_t count,
-                                 std::uint32_t* __restrict lanes) {
-    if (second == nullptr)
-        for (std::int64_t i = 0; i < count; ++i) lanes[i] = first[i];
-    else
-        for (std::int64_t i = 0; i < count; ++i)
-            lanes[i] = static_cast<std::uint32_t>(second[i]) << 16 | first[i];
-}
-
 constexpr SoftmaxKernels kSoftmax = {
     .column_max = column_max,
     .exponentials = exponentials,
@@ -150,7 +140,6 @@ constexpr SoftmaxKernels kSoftmax = {
     .score_gradients = score_gradients,
     .score_gradient_pairs = score_gradient_pairs,
     .scale_columns = scale_columns,
-    .interleave = interleave,
 };
 
 }  // namespace softmax

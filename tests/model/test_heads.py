@@ -12,7 +12,7 @@ from transformers import Gemma2Config, GPT2Config, LlamaConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from halfbyte.data.pack import UNTRAINED
-from halfbyte.model.heads import trained_logits
+from halfbyte.model import heads
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -24,6 +24,12 @@ CONFIGS = {
 
 # One product of 32 float32 terms, taken over other rows: 32 x 2^-24 of logits below 1, times 10 for the layers.
 LOGIT_TOLERANCE = 2e-5
+
+
+def trained_logits(model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The way of every head that is not dense: logits (P, V) where the next label is trained, and those labels."""
+    selected, targets = heads._positions(labels)
+    return heads._logits(model, inputs, selected), targets
 
 
 def built(config: PretrainedConfig) -> PreTrainedModel:

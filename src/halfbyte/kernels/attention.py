@@ -17,6 +17,7 @@ from torch import Tensor
 
 from halfbyte.errors import KernelError
 from halfbyte.kernels.backends import implementation
+from halfbyte.kernels.checks import refused
 from halfbyte.kernels.library import define
 from halfbyte.kernels.scope import Saved, Scope
 
@@ -127,10 +128,10 @@ def attention_backward(
     _check_how(q, documents, scale, causal, window)
     for name, tensor in {"dout": dout, "out": out}.items():
         if tensor.shape != q.shape or tensor.dtype != q.dtype or tensor.device != q.device:
-            raise _refused(name, tensor, f"{tuple(q.shape)} {q.dtype} as q")
+            raise refused("attention", name, tensor, f"{tuple(q.shape)} {q.dtype} as q")
     B, T, H, _ = q.shape
     if lse.shape != (B, H, T) or lse.dtype != _statistics_dtype(q):
-        raise _refused("lse", lse, f"({B}, {H}, {T}) {_statistics_dtype(q)}")
+        raise refused("attention", "lse", lse, f"({B}, {H}, {T}) {_statistics_dtype(q)}")
     dq, dk, dv = torch.ops.halfbyte.attention_grad(
         dout, q, k, v, out, lse, documents, scale, causal, window or 0
     )
@@ -139,36 +140,36 @@ def attention_backward(
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or q.dtype not in DTYPES or q.numel() == 0:
-        raise _refused("q", q, "a non-empty (B, T, H, D) float32, bfloat16 or float16")
+        raise refused("attention", "q", q, "a non-empty (B, T, H, D) float32, bfloat16 or float16")
     B, T, H, D = q.shape
     if k.dim() != 4 or k.shape[2] == 0 or H % k.shape[2] != 0 or k.shape != (B, T, k.shape[2], D):
-        raise _refused("k", k, f"({B}, {T}, Hkv, {D}) with Hkv a divisor of {H}")
+        raise refused("attention", "k", k, f"({B}, {T}, Hkv, {D}) with Hkv a divisor of {H}")
     if v.shape != k.shape:
-        raise _refused("v", v, f"{tuple(k.shape)} as k")
+        raise refused("attention", "v", v, f"{tuple(k.shape)} as k")
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if tensor.dtype != q.dtype:
-            raise _refused(name, tensor, f"{q.dtype} as q")
+            raise refused("attention", name, tensor, f"{q.dtype} as q")
         if tensor.device.type != "cpu":
-            raise _refused(name, tensor, "a tensor on the CPU")
+            raise refused("attention", name, tensor, "a tensor on the CPU")
         if D > 1 and tensor.stride(3) != 1:
-            raise _refused(name, tensor, f"a head's numbers next to each other, not {tensor.stride(3)} apart")
+            raise refused(
+                "attention",
+                name,
+                tensor,
+                f"a head's numbers next to each other, not {tensor.stride(3)} apart",
+            )
 
 
 def _check_how(q: Tensor, documents: Tensor, scale: float, causal: bool, window: int | None) -> None:
     if documents.dim() != 2 or documents.shape[1] != 3 or documents.dtype != torch.int32:
-        raise _refused("documents", documents, "(n, 3) int32")
+        raise refused("attention", "documents", documents, "(n, 3) int32")
     if documents.device != q.device:
-        raise _refused("documents", documents, f"a tensor on {q.device}, where q is")
+        raise refused("attention", "documents", documents, f"a tensor on {q.device}, where q is")
     if not (math.isfinite(scale) and scale > 0):
         raise KernelError("HB402", f"attention: scale is {scale}, expected above 0", fix="pass D ** -0.5")
     if window is not None and (window < 1 or not causal):
         what = f"attention: window is {window} with causal {causal}, expected at least 1 and causal"
         raise KernelError("HB402", what, fix="pass window=None to see a whole document")
-
-
-def _refused(name: str, got: Tensor, expected: str) -> KernelError:
-    what = f"attention: {name} is {got.dtype} {tuple(got.shape)} on {got.device}, expected {expected}"
-    return KernelError("HB402", what, fix=f"convert {name} first")
 
 
 def _statistics_dtype(q: Tensor) -> torch.dtype:

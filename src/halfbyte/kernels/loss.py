@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from halfbyte.errors import KernelError
 from halfbyte.kernels.backends import implementation
+from halfbyte.kernels.checks import refused
 from halfbyte.kernels.library import define
 from halfbyte.kernels.loss_terms import Gradient, LossTerms, place_of_gradient
 from halfbyte.kernels.terms import Product, Term
@@ -129,15 +130,15 @@ def _check_tensors(operation: str, inputs: _Inputs) -> None:
     hidden, weight, targets, bias = inputs
     device = hidden.device
     if hidden.dtype not in DTYPES or hidden.dim() != 2 or device.type != "cpu":
-        raise _refused(operation, "hidden", hidden, "(P, H) float32, bfloat16 or float16 on cpu")
+        raise refused(operation, "hidden", hidden, "(P, H) float32, bfloat16 or float16 on cpu")
     (P, H), V = hidden.shape, len(weight) if weight.dim() else 0
     fits = weight.dim() == 2 and weight.shape[1] == H and V > 0
     if not fits or weight.dtype not in (hidden.dtype, torch.float32) or weight.device != device:
-        raise _refused(operation, "weight", weight, f"(V, {H}) {hidden.dtype} or torch.float32 on {device}")
+        raise refused(operation, "weight", weight, f"(V, {H}) {hidden.dtype} or torch.float32 on {device}")
     if targets.shape != (P,) or targets.dtype != torch.int64 or targets.device != device:
-        raise _refused(operation, "targets", targets, f"({P},) torch.int64 on {device}")
+        raise refused(operation, "targets", targets, f"({P},) torch.int64 on {device}")
     if bias is not None and (bias.shape != (V,) or not bias.is_floating_point() or bias.device != device):
-        raise _refused(operation, "bias", bias, f"({V},) floating point on {device}")
+        raise refused(operation, "bias", bias, f"({V},) floating point on {device}")
 
 
 def _terms(
@@ -152,11 +153,6 @@ def _terms(
     if not 0 < abs(logit_scale) < math.inf:
         raise _out_of_range(operation, "logit_scale", logit_scale, "a finite number other than 0")
     return LossTerms(label_smoothing, z_loss, softcap or 0.0, logit_scale)
-
-
-def _refused(operation: str, name: str, got: Tensor, expected: str) -> KernelError:
-    what = f"{operation}: {name} is {got.dtype} {tuple(got.shape)} on {got.device}, expected {expected}"
-    return KernelError("HB402", what, fix=f"convert {name}, or call with what it belongs to")
 
 
 def _out_of_range(operation: str, name: str, got: float, expected: str) -> KernelError:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import KernelError
 from halfbyte.kernels.backends import implementation
+from halfbyte.kernels.checks import refused
 from halfbyte.kernels.library import define
 from halfbyte.kernels.terms import Product, Term
 from halfbyte.quant.codebook import codebook
@@ -55,7 +56,7 @@ def quantize_4bit(weight: Tensor, spec: QuantSpec | None = None) -> Weight4bit:
     """
     spec = spec or QuantSpec()
     if weight.dim() != 2 or weight.dtype not in DTYPES or weight.numel() == 0:
-        raise _refused("quantize_4bit", "weight", weight, "a non-empty (N, K) float32, bfloat16 or float16")
+        raise refused("quantize_4bit", "weight", weight, "a non-empty (N, K) float32, bfloat16 or float16")
     weight = weight.detach().contiguous()
     values = torch.from_numpy(codebook(spec.format).copy())
     scales: Tensor = torch.ops.halfbyte.block_scales(weight, spec.blocksize)
@@ -116,11 +117,11 @@ def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None = None) -> Te
     """
     N, K = weight.shape
     if x.dtype not in ACTIVATION_DTYPES or x.dim() == 0 or x.shape[-1] != K:
-        raise _refused("linear_4bit", "x", x, f"(..., {K}) float32, bfloat16 or float16")
+        raise refused("linear_4bit", "x", x, f"(..., {K}) float32, bfloat16 or float16")
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (N,)):
-        raise _refused("linear_4bit", "bias", bias, f"({N},) {x.dtype}")
+        raise refused("linear_4bit", "bias", bias, f"({N},) {x.dtype}")
     if x.device != weight.codes.device:
-        raise _refused("linear_4bit", "x", x, f"a tensor on {weight.codes.device}, where the weight is")
+        raise refused("linear_4bit", "x", x, f"a tensor on {weight.codes.device}, where the weight is")
     y: Tensor = torch.ops.halfbyte.linear_4bit(x.reshape(-1, K), bias, *weight.parts())
     return y.reshape(*x.shape[:-1], N)
 
@@ -130,11 +131,6 @@ def _first_non_finite(weight: Tensor, begin: int) -> str:
     element = begin + int((~torch.isfinite(flat[begin:])).nonzero()[0])
     n, k = divmod(element, weight.shape[1])
     return f"element ({n}, {k}) is {flat[element].item()}, expected a finite number"
-
-
-def _refused(operation: str, name: str, got: Tensor, expected: str) -> KernelError:
-    what = f"{operation}: {name} is {got.dtype} {tuple(got.shape)} on {got.device}, expected {expected}"
-    return KernelError("HB402", what, fix=f"convert {name}, or call with the weight it belongs to")
 
 
 def _block_scales(weight: Tensor, blocksize: int) -> Tensor:

@@ -132,22 +132,6 @@ def trained_token_losses(model: PreTrainedModel, inputs: Mapping[str, Any], labe
         return F.cross_entropy(found, targets, reduction="none").double()
 
 
-def trained_logits(
-    model: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Logits at the positions whose next label is trained, and those labels; arguments as for `trained_loss`.
-
-    The hidden states are selected just before the model's own output head, so that whatever the model does
-    to its logits afterwards (soft caps, scaling) is done as always. On instruction data most positions are
-    prompt or padding; a (B, T, V) tensor of logits never exists here.
-
-    Returns:
-        Logits (P, V) float32 and targets (P,) int64, in reading order of the rows.
-    """
-    selected, targets = _positions(labels)
-    return _logits(model, inputs, selected), targets
-
-
 def _positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Where the next label is trained, (B, T), and those labels, (P,)."""
     trained = labels != UNTRAINED
@@ -236,7 +220,11 @@ def _as_expected(logits: Tensor, shown: Tensor, head: _Head) -> bool:
 
 
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Any], selected: Tensor) -> Tensor:
-    """Logits (P, V) float32 of the selected positions."""
+    """Logits (P, V) float32 of the selected positions, in reading order of the rows.
+
+    Hidden states are selected just before the model's own head, so that whatever the model does to its logits
+    afterwards is done as always, and a (B, T, V) tensor of logits never exists.
+    """
     applied = False
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
