@@ -5,13 +5,14 @@ It owns the points and the picture; it must not know how a side works.
     python bench/growth.py [--quick] [--tokens N] [--shape NAME]
 
 A point is a few steps of one row, every token trained, of halfbyte keeping everything, and of PEFT
-with and without gradient checkpointing, as in step_vs_peers.py. The figures go to bench/results/growth.csv, and a
-picture of the points of this run to bench/results/growth.svg.
+with and without gradient checkpointing, as in step_vs_peers.py. The figures go to bench/results/growth.csv, and the
+newest of each point there, of whichever run, into the picture bench/results/growth.svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from step_vs_peers import LORA, PEERS, Scope, Side, mib, peers_python, take_turn
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LENGTHS_SHAPE = "1.1B, 4 layers"
 SIZES_TOKENS = 512
+SIDES = ("halfbyte", "PEFT checkpointing", "PEFT plain")
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,19 @@ SIZES = ("11M", "110M", "1.1B", "3B")
 
 
 def measure(lengths: tuple[int, ...], sizes: tuple[str, ...], quick: bool) -> Iterator[Figure]:
-    """Yields the figures and draws them."""
-    if quick:
-        lengths, sizes = (64,), ("11M",)
+    """Yields the figures."""
     scope = Scope(rounds=1 if quick else 3, warmup=1)
-    points: dict[str, list[tuple[float, str, float, float]]] = {"length": [], "size": []}
-    for kind, todo in (
-        ("length", [(LENGTHS_SHAPE if not quick else "11M", tokens) for tokens in lengths]),
-        ("size", [(shape, SIZES_TOKENS if not quick else 64) for shape in sizes]),
-    ):
-        for shape, tokens in todo:
-            for side in sides_of(shape, tokens, scope):
-                memory = side.ask(do="memory")["VmHWM"]
-                side.close()
-                where = f"{shape}, {tokens} tokens, {side.name}"
-                yield Figure(f"{where}: speed", side.tokens_per_s, "tokens/s")
-                yield Figure(f"{where}: peak memory", mib(memory), "MiB")
-                x = tokens if kind == "length" else parameters(SHAPES[shape])
-                points[kind].append((x, side.name, side.tokens_per_s, memory / 2**30))
-    draw(points, RESULTS / "growth.svg")
+    points = [(LENGTHS_SHAPE, tokens) for tokens in lengths] + [(shape, SIZES_TOKENS) for shape in sizes]
+    for shape, tokens in [("11M", 64)] if quick else points:
+        for side in sides_of(shape, tokens, scope):
+            memory = side.ask(do="memory")["VmHWM"]
+            side.close()
+            yield Figure(claim(shape, tokens, side.name, "speed"), side.tokens_per_s, "tokens/s")
+            yield Figure(claim(shape, tokens, side.name, "peak memory"), mib(memory), "MiB")
+
+
+def claim(shape: str, tokens: int, side: str, what: str) -> str:
+    return f"{shape}, {tokens} tokens, {side}: {what}"
 
 
 def sides_of(shape: str, tokens: int, scope: Scope) -> list[Side]:
@@ -84,11 +80,9 @@ def sides_of(shape: str, tokens: int, scope: Scope) -> list[Side]:
         rows.write_text(json.dumps([{"input_ids": ids, "trained": [True] * tokens}]), encoding="utf-8")
         model = str(model_folder(shape))
         options = {"model": model, "rows": str(rows), "threads": scope.threads, "isa": None, **LORA}
-        sides = [
-            Side("halfbyte", Path(sys.executable), "halfbyte_side.py", {**options, "batch_size": 1}),
-            Side("PEFT checkpointing", python, "peft_side.py", {**options, "checkpointing": True}),
-            Side("PEFT plain", python, "peft_side.py", {**options, "checkpointing": False}),
-        ]
+        peers = {name: {**options, "checkpointing": name == SIDES[1]} for name in SIDES[1:]}
+        sides = [Side(SIDES[0], Path(sys.executable), "halfbyte_side.py", {**options, "batch_size": 1})]
+        sides += [Side(name, python, "peft_side.py", own) for name, own in peers.items()]
         take_turns(sides, scope)
     return sides
 
@@ -130,40 +124,55 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def draw(points: dict[str, list[tuple[float, str, float, float]]], path: Path) -> None:
+def newest(results: Path) -> dict[str, float]:
+    """The newest figure of each claim, of runs that were not quick."""
+    with results.open(newline="", encoding="utf-8") as file:
+        kept = [row for row in csv.DictReader(file) if row["quick"] == "False" and row["figure"] != "unknown"]
+    return {row["claim"]: float(row["figure"]) for row in kept}
+
+
+def draw(figures: dict[str, float], path: Path) -> None:
     """Speed above, memory below; by length on the left, by size on the right."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    by_length = [(float(tokens), LENGTHS_SHAPE, tokens) for tokens in LENGTHS]
+    by_size = [(float(parameters(SHAPES[shape])), shape, SIZES_TOKENS) for shape in SIZES]
+    columns = {
+        f"row length in tokens ({LENGTHS_SHAPE})": by_length,
+        f"weights ({SIZES_TOKENS} tokens a row)": by_size,
+    }
+    rows = {"tokens per second": ("speed", 1.0), "peak memory, GiB": ("peak memory", 1 / 1024)}
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    titles = {"length": f"row length in tokens ({LENGTHS_SHAPE})", "size": f"weights ({SIZES_TOKENS} tokens)"}
-    for column, (kind, found) in enumerate(points.items()):
-        for name in dict.fromkeys(point[1] for point in found):
-            mine = [point for point in found if point[1] == name]
-            for row, place in enumerate((2, 3)):
-                axes[row][column].plot([p[0] for p in mine], [p[place] for p in mine], "o-", label=name)
-        for row, label in enumerate(("tokens per second", "peak memory, GiB")):
-            axes[row][column].set(xscale="log", yscale="log", xlabel=titles[kind], ylabel=label)
+    for column, (x_label, points) in enumerate(columns.items()):
+        for row, (y_label, (what, unit)) in enumerate(rows.items()):
+            for side in SIDES:
+                found = [(x, figures.get(claim(shape, tokens, side, what))) for x, shape, tokens in points]
+                drawn = [(x, y * unit) for x, y in found if y is not None]
+                axes[row][column].plot([x for x, _ in drawn], [y for _, y in drawn], "o-", label=side)
+            axes[row][column].set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
             axes[row][column].grid(alpha=0.3)
-    if points["length"]:
-        axes[0][0].legend()
+    axes[0][0].legend()
     figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Speed and memory as rows and models grow.",
-        epilog="--quick and --results: as all benchmarks.",
+        epilog="--quick: as all benchmarks.",
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures and the picture")
     parser.add_argument("--tokens", type=int, action="append", help="length of a row, these alone")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="of the sizes, these alone")
     options, rest = parser.parse_known_args()
     chosen = options.tokens or options.shape
     lengths = tuple(options.tokens or (() if chosen else LENGTHS))
     sizes = tuple(options.shape or (() if chosen else SIZES))
-    return run("growth", partial(measure, lengths, sizes), rest)
+    status = run("growth", partial(measure, lengths, sizes), [*rest, "--results", str(options.results)])
+    draw(newest(options.results / "growth.csv"), options.results / "growth.svg")
+    return status
 
 
 if __name__ == "__main__":
