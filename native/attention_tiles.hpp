@@ -9,12 +9,9 @@
 // Lanes (kernels.hpp) are bf16 pairs where the kernels multiply those and the numbers are bf16, else floats.
 #pragma once
 
-#include <cstddef>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "aligned.hpp"
 #include "attention.hpp"
 
 namespace halfbyte {
@@ -27,26 +24,6 @@ constexpr std::int64_t kRowStep = 16, kDepthStep = 32;  // how finely an edge ti
 constexpr std::int64_t up_to(std::int64_t number, std::int64_t multiple) {
     return (number + multiple - 1) / multiple * multiple;
 }
-
-// Memory on a cache line's edge, so that no vector of a panel lies across two.
-template <class T>
-class Aligned {
-  public:
-    Aligned() = default;
-    explicit Aligned(std::int64_t count, bool zeroed = true)
-        : data_(static_cast<T*>(::operator new(bytes(count), std::align_val_t{kLine}))) {
-        if (zeroed) std::memset(data_.get(), 0, bytes(count));
-    }
-    T* data() const { return data_.get(); }
-
-  private:
-    static constexpr std::size_t kLine = 64;
-    static std::size_t bytes(std::int64_t count) { return static_cast<std::size_t>(count) * sizeof(T); }
-    struct Free {
-        void operator()(T* data) const { ::operator delete(data, std::align_val_t{kLine}); }
-    };
-    std::unique_ptr<T, Free> data_;
-};
 
 // Sizes that follow from the kernels and the numbers' type.
 struct Lanes {

@@ -2,7 +2,6 @@
 // panels and the activations are broadcast from where they lie. A weight is decoded once per pass over the
 // activations and a dense copy never exists.
 #include <algorithm>
-#include <memory>
 #include <utility>
 #include <vector>
 
@@ -24,29 +23,29 @@ struct BackwardTask {
 };
 
 struct BackwardScratch {
-    std::unique_ptr<std::uint32_t[]> panels = scratch<std::uint32_t>(kPanelsAtOnce * kDepth * kPanel);
-    std::unique_ptr<float[]> sums = scratch<float>(kPanelsAtOnce * kRows * kPanel);
+    Aligned<std::uint32_t> panels{kPanelsAtOnce * kDepth * kPanel, false};
+    Aligned<float> sums{kPanelsAtOnce * kRows * kPanel, false};
 };
 
 // The activations of a term as lanes: where they lie, or copied.
 struct Broadcast {
     const std::uint32_t* lanes;
     std::int64_t stride;
-    std::unique_ptr<std::uint32_t[]> copy;
+    Aligned<std::uint32_t> copy;
 };
 
 Broadcast broadcast_of(const Lanes& lanes, const Term& term, std::int64_t M, int threads) {
     const std::int64_t inner = term.factor.rows, depth = lanes.depth(inner);
     if (lanes.in_place(term.a, inner, term.stride))
-        return {static_cast<const std::uint32_t*>(term.a), lanes.stride(term.stride), nullptr};
-    auto copy = scratch<std::uint32_t>(M * depth);
+        return {static_cast<const std::uint32_t*>(term.a), lanes.stride(term.stride), {}};
+    Aligned<std::uint32_t> copy(M * depth, false);
     auto work = [&](std::int64_t, std::int64_t begin, std::int64_t end) {
         for (std::int64_t m = begin; m < end; ++m)
             lanes.convert(element(term.a, lanes.type, m * term.stride), inner, 0, depth,
-                          copy.get() + m * depth);
+                          copy.data() + m * depth);
     };
     parallel(M, threads, work);
-    const std::uint32_t* first = copy.get();
+    const std::uint32_t* first = copy.data();
     return {first, depth, std::move(copy)};
 }
 
@@ -90,17 +89,17 @@ void run_backward(const Lanes& lanes, const BackwardTask& task, const Broadcast*
                 const std::int64_t depth = std::min(kDepth, whole - d0);
                 for (std::int64_t k = 0; k < task.columns; k += kPanel) {
                     const std::int64_t columns = std::min<std::int64_t>(kPanel, task.columns - k);
-                    std::uint32_t* panel = scratch.panels.get() + k * kDepth;
+                    std::uint32_t* panel = scratch.panels.data() + k * kDepth;
                     fill_panel(lanes, factor, d0, depth, task.k0 + k, columns, panel);
                     lanes.multiply(broadcasts[t].lanes + m0 * broadcasts[t].stride + d0, broadcasts[t].stride,
-                                   rows, panel, columns, depth, add, scratch.sums.get() + k * kRows);
+                                   rows, panel, columns, depth, add, scratch.sums.data() + k * kRows);
                 }
             }
         }
         for (std::int64_t m = 0; m < rows; ++m)
             for (std::int64_t k = 0; k < task.columns; k += kPanel) {
                 const std::int64_t columns = std::min<std::int64_t>(kPanel, task.columns - k);
-                float* sums = scratch.sums.get() + k * kRows + m * kPanel;
+                float* sums = scratch.sums.data() + k * kRows + m * kPanel;
                 const std::int64_t at = task.k0 + k;
                 if (product.residual != nullptr)
                     lanes.kernels.add(element(product.residual, lanes.type, (m0 + m) * cols + at), lanes.type,

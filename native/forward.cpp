@@ -2,7 +2,6 @@
 // are lanes as they stand: W is broadcast and the activations are packed into panels, once per call. A weight
 // is decoded once per pass over the activations and a dense copy never exists.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "lanes.hpp"
@@ -21,9 +20,9 @@ struct Packed {
     const void* a;
     std::int64_t stride, cols;
     std::int64_t depth;
-    bool dense, quantised;                    // whether such weights are multiplied with it
-    std::unique_ptr<std::uint32_t[]> panels;  // (token panels, depth, kPanel)
-    std::unique_ptr<float[]> prepared;
+    bool dense, quantised;          // whether such weights are multiplied with it
+    Aligned<std::uint32_t> panels;  // (token panels, depth, kPanel)
+    Aligned<float> prepared;
 };
 
 void pack_panel(const Lanes& lanes, const Packed& packed, std::int64_t m0, std::int64_t columns,
@@ -55,7 +54,7 @@ std::vector<Packed> distinct_activations(const Lanes& lanes, const Forward* prod
             const Term& term = products[p].terms[t];
             if (find(all, term) == all.end()) {
                 const std::int64_t depth = lanes.depth(term.factor.cols);
-                all.push_back({term.a, term.stride, term.factor.cols, depth, false, false, nullptr, nullptr});
+                all.push_back({term.a, term.stride, term.factor.cols, depth, false, false, {}, {}});
             }
             const auto found = find(all, term);
             (term.factor.quantised != nullptr ? found->quantised : found->dense) = true;
@@ -70,10 +69,9 @@ struct ForwardTask {
 };
 
 struct ForwardScratch {
-    std::unique_ptr<std::uint32_t[]> lanes = scratch<std::uint32_t>(kRowsAtOnce * kDepth);
-    std::unique_ptr<float[]> sums, turned = scratch<float>(kRowsAtOnce * kPanel),
-                                   few = scratch<float>(kRowsAtOnce * kFewRows);
-    explicit ForwardScratch(std::int64_t panels) : sums(scratch<float>(panels * kRowsAtOnce * kPanel)) {}
+    Aligned<std::uint32_t> lanes{kRowsAtOnce * kDepth, false};
+    Aligned<float> sums, turned{kRowsAtOnce * kPanel, false}, few{kRowsAtOnce * kFewRows, false};
+    explicit ForwardScratch(std::int64_t panels) : sums(panels * kRowsAtOnce * kPanel, false) {}
 };
 
 class ForwardPass {
@@ -87,10 +85,11 @@ class ForwardPass {
         for (Packed& one : packed_) {
             if (few() && one.quantised) prepare(one);
             if (few() && !one.dense) continue;
-            if (one.panels == nullptr) one.panels = scratch<std::uint32_t>(panels() * one.depth * kPanel);
+            if (one.panels.data() == nullptr)
+                one.panels = Aligned<std::uint32_t>(panels() * one.depth * kPanel, false);
             auto work = [&](std::int64_t, std::int64_t panel) {
                 pack_panel(lanes_, one, m0_ + panel * kPanel, columns(panel),
-                           one.panels.get() + panel * one.depth * kPanel);
+                           one.panels.data() + panel * one.depth * kPanel);
             };
             parallel_tasks(panels(), threads, work);
         }
@@ -112,8 +111,9 @@ class ForwardPass {
                 const std::uint32_t* rows = rows_of(term.factor, task, d0, depth, scratch, stride);
                 for (std::int64_t p = task.first; p < task.last; ++p)
                     lanes_.multiply(rows, stride, task.rows,
-                                    packed.panels.get() + (p * packed.depth + d0) * kPanel, columns(p), depth,
-                                    add, scratch.sums.get() + (p - task.first) * kRowsAtOnce * kPanel);
+                                    packed.panels.data() + (p * packed.depth + d0) * kPanel, columns(p),
+                                    depth, add,
+                                    scratch.sums.data() + (p - task.first) * kRowsAtOnce * kPanel);
             }
         }
         for (std::int64_t p = task.first; p < task.last; ++p) write(task, p, scratch);
@@ -128,27 +128,27 @@ class ForwardPass {
 
     void prepare(Packed& one) const {
         const void* numbers = element(one.a, lanes_.type, m0_ * one.stride);
-        one.prepared = scratch<float>(tokens_ * one.cols);
+        one.prepared = Aligned<float>(tokens_ * one.cols, false);
         if (one.stride == one.cols || tokens_ == 1)
             return lanes_.kernels.prepare_rows(numbers, lanes_.type, static_cast<int>(tokens_), one.cols,
-                                               one.prepared.get());
+                                               one.prepared.data());
         const std::int64_t bytes = one.cols * size_of(lanes_.type);
-        const auto rows = scratch<char>(tokens_ * bytes);
+        const Aligned<char> rows(tokens_ * bytes, false);
         for (std::int64_t m = 0; m < tokens_; ++m)
             std::copy_n(static_cast<const char*>(element(numbers, lanes_.type, m * one.stride)), bytes,
-                        rows.get() + m * bytes);
-        lanes_.kernels.prepare_rows(rows.get(), lanes_.type, static_cast<int>(tokens_), one.cols,
-                                    one.prepared.get());
+                        rows.data() + m * bytes);
+        lanes_.kernels.prepare_rows(rows.data(), lanes_.type, static_cast<int>(tokens_), one.cols,
+                                    one.prepared.data());
     }
 
     void few_rows(const ForwardTask& task, const Term& term, const Packed& packed, bool add,
                   ForwardScratch& scratch) const {
         lanes_.kernels.multiply_rows(*term.factor.quantised, lanes_.type, task.n0, task.n0 + task.rows,
-                                     packed.prepared.get(), static_cast<int>(tokens_), scratch.few.get());
+                                     packed.prepared.data(), static_cast<int>(tokens_), scratch.few.data());
         for (std::int64_t n = 0; n < task.rows; ++n)
             for (std::int64_t m = 0; m < tokens_; ++m) {
-                const float sum = scratch.few[static_cast<std::size_t>(n * tokens_ + m)];
-                float& to = scratch.sums[static_cast<std::size_t>(n * kPanel + m)];
+                const float sum = scratch.few.data()[n * tokens_ + m];
+                float& to = scratch.sums.data()[n * kPanel + m];
                 to = add ? to + sum : sum;
             }
     }
@@ -157,7 +157,7 @@ class ForwardPass {
     const std::uint32_t* rows_of(const Factor& factor, const ForwardTask& task, std::int64_t d0,
                                  std::int64_t depth, ForwardScratch& scratch, std::int64_t& stride) const {
         stride = kDepth;
-        std::uint32_t* lanes = scratch.lanes.get();
+        std::uint32_t* lanes = scratch.lanes.data();
         if (factor.quantised != nullptr) {
             for (std::int64_t i = 0; i < task.rows; ++i)
                 lanes_.decode(*factor.quantised, task.n0 + i, d0, depth, lanes + i * kDepth);
@@ -178,8 +178,8 @@ class ForwardPass {
     void write(const ForwardTask& task, std::int64_t panel, ForwardScratch& scratch) const {
         const Kernels& kernels = lanes_.kernels;
         const Forward& product = *task.product;
-        const float* sums = scratch.sums.get() + (panel - task.first) * kRowsAtOnce * kPanel;
-        float* turned = scratch.turned.get();
+        const float* sums = scratch.sums.data() + (panel - task.first) * kRowsAtOnce * kPanel;
+        float* turned = scratch.turned.data();
         const std::int64_t tokens = columns(panel), outer = product.terms[0].factor.rows;
         kernels.transpose(reinterpret_cast<const std::uint32_t*>(sums), kPanel, task.rows, tokens,
                           reinterpret_cast<std::uint32_t*>(turned));

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
+#include "aligned.hpp"
 #include "product.hpp"
 
 namespace halfbyte {
@@ -20,12 +20,6 @@ inline const void* element(const void* numbers, Type type, std::int64_t index) {
 
 inline void* element(void* numbers, Type type, std::int64_t index) {
     return static_cast<char*>(numbers) + index * size_of(type);
-}
-
-// Uninitialised memory: all of it is written before it is read.
-template <class T>
-std::unique_ptr<T[]> scratch(std::int64_t count) {
-    return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(count)]);
 }
 
 // How numbers of a type become lanes with a set of kernels.

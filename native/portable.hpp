@@ -10,8 +10,10 @@
 
 #if defined(_MSC_VER)
 #define HALFBYTE_INLINE __forceinline
+#define HALFBYTE_OPAQUE(pointer)
 #else
 #define HALFBYTE_INLINE __attribute__((always_inline)) inline
+#define HALFBYTE_OPAQUE(pointer) asm("" : "+r"(pointer))  // what it points to is unknown from here on
 #endif
 
 namespace halfbyte {
