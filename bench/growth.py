@@ -79,7 +79,7 @@ def sides_of(shape: str, tokens: int, scope: Scope) -> list[Side]:
         ids = [3 + (7919 * i * i + 104729 * i) % (vocabulary - 3) for i in range(tokens)]
         rows.write_text(json.dumps([{"input_ids": ids, "trained": [True] * tokens}]), encoding="utf-8")
         model = str(model_folder(shape))
-        options = {"model": model, "rows": str(rows), "threads": scope.threads, "isa": None, **LORA}
+        options = {"model": model, "rows": str(rows), **scope.machine, **LORA}
         peers = {name: {**options, "checkpointing": name == SIDES[1]} for name in SIDES[1:]}
         sides = [Side(SIDES[0], Path(sys.executable), "halfbyte_side.py", {**options, "batch_size": 1})]
         sides += [Side(name, python, "peft_side.py", own) for name, own in peers.items()]

@@ -85,6 +85,19 @@ class Scope:
     longest: int | None = None
     has_floors: bool = True
 
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What a side runs on: its threads, instruction set and the numbers that it computes in.
+
+        Limited to fewer instructions every side computes in float32: there the peers' products of bfloat16 take
+        many times as long, so that float32 is what is fastest for them.
+        """
+        return {
+            "threads": self.threads,
+            "isa": self.isa,
+            "dtype": "bfloat16" if self.isa is None else "float32",
+        }
+
 
 QUICK = {
     "layers": (1,),
@@ -204,8 +217,7 @@ def one_row(
         rows = Path(folder) / "rows.json"
         ids = [3 + (7919 * i * i + 104729 * i) % 31_000 for i in range(tokens)]
         rows.write_text(json.dumps([{"input_ids": ids, "trained": [True] * tokens}]), encoding="utf-8")
-        options = {"model": str(model_folder(layers)), "rows": str(rows), "threads": scope.threads, **LORA}
-        options["isa"] = scope.isa
+        options = {"model": str(model_folder(layers)), "rows": str(rows), **scope.machine, **LORA}
         own = {**options, "batch_size": 1}
         ours = [
             Side("halfbyte keeping all", Path(sys.executable), "halfbyte_side.py", own),
@@ -221,7 +233,7 @@ def one_row(
         }
         take_turns([*ours, *peers.values()], scope)
         where = f"step of {tokens} tokens, {layers} layers, {scope.threads} threads"
-        where += f", all limited to {scope.isa}" if scope.isa else ""
+        where += f", all limited to {scope.isa} and in float32" if scope.isa else ""
         yield from common(where, [*ours, *peers.values()])
         yield from compared(where, ours, peers, scope)
 
@@ -249,8 +261,8 @@ def instructions(scope: Scope, python: Path) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         rows.write_text(json.dumps(instruction_rows(layers, scope.longest)), encoding="utf-8")
-        options = {"model": str(model_folder(layers)), "rows": str(rows), "threads": scope.threads, **LORA}
-        options |= {"batch_size": TRL_BATCH, "isa": scope.isa}
+        options = {"model": str(model_folder(layers)), "rows": str(rows), **scope.machine, **LORA}
+        options["batch_size"] = TRL_BATCH
         for name, floor in (("trl", TRL_FLOOR), ("packing", PACKING_FLOOR)):
             if name not in scope.scenarios:
                 continue

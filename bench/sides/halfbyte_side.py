@@ -56,7 +56,7 @@ def main() -> None:
     link = Link()
     options = link.options
     torch.set_num_threads(options["threads"])
-    model = halfbyte.load(options["model"], quantization="nf4", dtype="bfloat16")
+    model = halfbyte.load(options["model"], quantization="nf4", dtype=options["dtype"])
     halfbyte.add_lora(model, r=options["r"], alpha=options["alpha"])
     if options.get("recompute"):
         plan_memory(model, 1, budget_bytes=0)

@@ -91,6 +91,7 @@ def main() -> None:
         settings = SFTConfig(
             output_dir=folder,
             use_cpu=True,
+            bf16=options["dtype"] == "bfloat16",
             per_device_train_batch_size=options["batch_size"],
             packing=options["packing"],
             completion_only_loss=True,
@@ -103,7 +104,7 @@ def main() -> None:
             disable_tqdm=True,
         )
         trainer = Counting(
-            model=base(options["model"]),
+            model=base(options),
             args=settings,
             train_dataset=dataset,
             processing_class=AutoTokenizer.from_pretrained(options["model"]),
