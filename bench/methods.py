@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from figures import Figure, run, shared
-from halfbyte.config import Config, load_config
+from halfbyte.config import load_config
 from halfbyte.data.tokenise import padding_id
 from halfbyte.evaluate.perplexity import ItemLoss, held_out_loss
 from halfbyte.evaluate.statistics import Interval, Score, bootstrap_ratio, paired_difference
 from halfbyte.pipeline import Prepared, prepare
+from halfbyte.settings import Config
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.methods import ModelSize, autocast_dtype, load_base, make_trainable
 

@@ -16,11 +16,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from halfbyte import pipeline
-from halfbyte.config import Config, load_config
+from halfbyte.config import load_config
 from halfbyte.errors import ConfigError, DataError, EvaluateError, ModelError
 from halfbyte.model.documents import whole_rows
 from halfbyte.pipeline import run
 from halfbyte.report.watch import Watch
+from halfbyte.settings import Config
 
 Make = Callable[..., Config]
 ANIMALS = ("cat", "dog", "bird", "fish", "bear", "duck", "frog", "bug")

@@ -15,9 +15,9 @@ import torch
 from protocol import Link
 
 import halfbyte
-from halfbyte.config import TrainConfig
 from halfbyte.data.tokenise import Example
 from halfbyte.model.blocks import plan_memory
+from halfbyte.settings import TrainConfig
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.metrics import StepRecord
 

@@ -1,7 +1,6 @@
-"""Every setting of a run, validated: names, types, ranges, and where each value came from.
+"""Settings from a file and overrides, as one `Config`: every fault named at once, with its line.
 
-It owns the settings' meaning and how a YAML file and overrides become one `Config`; it must not know the
-parts that read them.
+It owns how settings are found, merged and refused; it must not know what a setting means.
 """
 
 from __future__ import annotations
@@ -9,208 +8,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import ValidationError
 
 from halfbyte.errors import ConfigError, listed
+from halfbyte.settings import SECTIONS, SETTINGS, Config
 from halfbyte.yaml_file import Loader, read_yaml
 
-Method = Literal["full", "lora", "qlora"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DataFormat = Literal["auto", "messages", "prompt_completion", "text", "alpaca"]
-TemplateName = Literal["auto", "tokenizer", "chatml", "plain"]
-Schedule = Literal["constant", "linear", "cosine"]
-SEED_LIMIT = 2**32
 # pydantic's names of the faults that mean an unknown setting.
 UNKNOWN_KINDS = ("extra_forbidden", "invalid_key")
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Paths = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class QuantizationConfig(_Section):
-    """How the frozen base is stored in 4 bits (method qlora)."""
-
-    format: Literal["nf4", "fp4"] = "nf4"
-    """4-bit data type: nf4 suits normally distributed weights, fp4 is a 4-bit float."""
-    scales: Literal["absmax", "mse"] = "absmax"
-    """absmax: each block's largest magnitude, as bitsandbytes; mse: the scale of least squared error."""
-    double_quant: bool = True
-    """Store the scales themselves in 8 bits: 4.127 instead of 4.5 bits per weight."""
-    blocksize: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights that share one scale."""
-
-
-class LoraConfig(_Section):
-    """The low-rank adapter (methods lora and qlora)."""
-
-    r: int = Field(16, ge=1)
-    """Rank: columns of the two thin matrices beside each adapted layer."""
-    alpha: float = Field(32.0, gt=0)
-    """The adapter's output is scaled by alpha / r."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the adapter's inputs set to zero while training."""
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Layers to adapt: all-linear (every linear layer but the output head), or a list of name endings."""
-
-
-class DataConfig(_Section):
-    """The rows to learn from."""
-
-    train: Paths
-    """A .jsonl or .json file or a list of them; in a settings file relative to that file's folder."""
-    eval: Paths | None = None
-    """Held-out file or files; null: a share of the training rows is held out."""
-    eval_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of the distinct training rows held out where `eval` is null; 0: none."""
-    format: DataFormat = "auto"
-    """Columns of the files: auto looks at each file's first row."""
-    max_length: int = Field(512, ge=2)
-    """Tokens per row; what is longer is cut at the end, and counted."""
-    template: TemplateName = "auto"
-    """Chat format: auto takes the tokenizer's own, else chatml where its tokens exist, else plain."""
-
-
-class TrainConfig(_Section):
-    """The training run."""
-
-    epochs: float = Field(1.0, gt=0)
-    """Times each row is seen; not read where max_steps is set."""
-    max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps; null: as many as the epochs take."""
-    packing: bool = True
-    """Lay rows end to end in passes of a fixed number of tokens, none seeing another; false: pad them."""
-    batch_size: int = Field(8, ge=1)
-    """Rows per forward and backward pass; packed: on average. Not read where batch_tokens is set."""
-    batch_tokens: int | None = Field(None, ge=2)
-    """Tokens per pass where rows are packed; null: those of batch_size average rows, at least the longest row's."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    """Passes per optimizer step."""
-    learning_rate: float = Field(2e-4, gt=0)
-    """Highest learning rate, reached after the warm-up."""
-    schedule: Schedule = "cosine"
-    """Course of the learning rate after the warm-up; linear and cosine end at zero."""
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
-    """Share of the steps in which the learning rate rises from zero."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """AdamW's decay of the gradient average."""
-    beta2: float = Field(0.999, ge=0, lt=1)
-    """AdamW's decay of the squared gradient average."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's guard against division by zero."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Longer gradients are scaled down to this Euclidean norm; null: never."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of each target spread evenly over the vocabulary; the loss reported stays plain cross-entropy."""
-    z_loss: float = Field(0.0, ge=0)
-    """Weight of the squared log-sum-exp of the logits, which holds them near zero; reported as label_smoothing is."""
-    activation_memory_gb: float | None = Field(None, gt=0)
-    """GB that layers may hold for the backward pass, or else compute again; null: most of what is free."""
-    log_steps: int = Field(10, ge=1)
-    """Steps between printed lines; metrics.jsonl has every step."""
-    save_steps: int | None = Field(None, ge=1)
-    """Steps between checkpoints; null: only at the end and on interruption."""
-
-    @field_validator("batch_tokens")
-    @classmethod
-    def _only_packed(cls, batch_tokens: int | None, others: ValidationInfo) -> int | None:
-        if batch_tokens is not None and others.data.get("packing") is False:
-            raise PydanticCustomError("unread", "null where train.packing is false: set train.batch_size")
-        return batch_tokens
-
-
-class EvaluateConfig(_Section):
-    """What is measured on the held-out rows, before and after."""
-
-    loss: bool = True
-    """Loss and perplexity on the trained tokens of the held-out rows."""
-    exact_match: Literal["auto"] | bool = "auto"
-    """Whether answers are generated and compared; auto: for rows that have a prompt and one answer."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest generated answer in tokens."""
-    max_items: int | None = Field(None, ge=1)
-    """Rows to generate for; null: all."""
-    batch_size: int = Field(16, ge=1)
-    """Rows per pass."""
-    samples: int = Field(3, ge=0)
-    """Answers shown before and after training."""
-    bootstrap: int = Field(1000, ge=100)
-    """Resamples behind each interval."""
-
-
-class Config(_Section):
-    """A run: one model, one data set, one way to train and to measure."""
-
-    model: str
-    """Folder of the base model in Hugging Face's layout; in a settings file relative to that file's folder."""
-    method: Method = "qlora"
-    """full trains every weight, lora an adapter, qlora an adapter on a base held in 4 bits."""
-    dtype: Dtype = "auto"
-    """Computing type of the frozen base; auto: bfloat16 if the kernels in use multiply it, else float32."""
-    seed: int = Field(0, ge=0, lt=SEED_LIMIT)
-    """Decides initial adapter, order of rows, held-out rows and dropout."""
-    output_dir: str = "runs/run"
-    """Folder that gets everything the run leaves."""
-    quantization: QuantizationConfig = QuantizationConfig()
-    """How the frozen base is stored."""
-    lora: LoraConfig = LoraConfig()
-    """The adapter."""
-    data: DataConfig
-    """The rows."""
-    train: TrainConfig = TrainConfig()
-    """The training run."""
-    evaluate: EvaluateConfig = EvaluateConfig()
-    """What is measured."""
-
-    @field_validator("train")
-    @classmethod
-    def _pass_holds_a_row(cls, train: TrainConfig, others: ValidationInfo) -> TrainConfig:
-        data = others.data.get("data")
-        if data is not None and train.batch_tokens is not None and train.batch_tokens < data.max_length:
-            raise PydanticCustomError(
-                "too_small",
-                "at least the {max_length} of data.max_length: raise it, or lower data.max_length",
-                {"max_length": data.max_length, "setting": "train.batch_tokens", "got": train.batch_tokens},
-            )
-        return train
-
-    def to_yaml(self) -> str:
-        """All settings, defaults included, as YAML that `load_config` reads back to an equal `Config`."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-SECTIONS: dict[str, type[BaseModel]] = {
-    name: field.annotation
-    for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-}
-SETTINGS: tuple[str, ...] = (
-    *(name for name in Config.model_fields if name not in SECTIONS),
-    *(f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields),
-)
 
 # What other tools of the field call a setting; used to suggest ours, never to read theirs.
 FOREIGN_NAMES: dict[str, str] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte import __version__
-from halfbyte.config import Config, load_config
+from halfbyte.config import load_config
 from halfbyte.data.check import DataReport, check_overlap, check_rows, split_rows
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
@@ -34,6 +34,7 @@ from halfbyte.model.skeleton import build_skeleton
 from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.watch import Part, Watch
+from halfbyte.settings import Config
 from halfbyte.train.loop import Plan, TrainRun, train
 from halfbyte.train.memory import activation_budget_bytes
 from halfbyte.train.methods import (

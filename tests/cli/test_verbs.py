@@ -12,8 +12,8 @@ import pytest
 from typer.testing import Result
 
 from halfbyte.cli.consoles import size
-from halfbyte.config import SETTINGS
 from halfbyte.kernels import native
+from halfbyte.settings import SETTINGS
 
 Call = Callable[..., Result]
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from halfbyte.config import TrainConfig
 from halfbyte.data.order import (
     PACKED_WINDOW,
     PADDED_WINDOW,
@@ -30,6 +29,7 @@ from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
 from halfbyte.data.tokenise import tokenise_rows
 from halfbyte.errors import ConfigError, DataError
+from halfbyte.settings import TrainConfig
 
 # On alpaca_en_demo (999 rows), over ten seeds, padded windows of 32 batches of 8 fill 94.8 to 95.3 % of the positions
 # and plain shuffling 43.6 to 44.9 %; the bounds leave room for other seeds, not for a lost sort.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from halfbyte.config import EvaluateConfig
 from halfbyte.data.tokenise import Example
 from halfbyte.evaluate.measure import Measurement, rows_to_answer
+from halfbyte.settings import EvaluateConfig
 
 
 def _example(number: int, answer: str | None = "yes") -> Example:

@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from halfbyte.cli.app import app
-from halfbyte.config import SECTIONS, SETTINGS, load_config
+from halfbyte.config import load_config
+from halfbyte.settings import SECTIONS, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from halfbyte.config import TrainConfig
 from halfbyte.data.order import Position, order_of, passes_in, steps
 from halfbyte.data.pack import collate, pack
 from halfbyte.data.tokenise import Example
 from halfbyte.errors import ConfigError, DataError, ModelError, TrainError
+from halfbyte.settings import TrainConfig
 from halfbyte.train.checkpoint import STATE_FILE
 from halfbyte.train.display import Silent
 from halfbyte.train.interrupt import TrainInterrupted

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.config import TrainConfig
 from halfbyte.errors import TrainError
+from halfbyte.settings import TrainConfig
 from halfbyte.train.optimizer import build_optimizer, clip_gradients, set_learning_rate, trainable_parameters
 
 # About ten float32 operations on numbers of size 1, each off by at most half a unit in the last place.

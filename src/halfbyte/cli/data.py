@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from halfbyte.config import Config
     from halfbyte.data.check import DataReport, Lengths
     from halfbyte.data.order import Usage
     from halfbyte.data.read import Row
     from halfbyte.data.tokenise import Example
+    from halfbyte.settings import Config
 
 CHECK_EXAMPLES = (
     "[bold]Examples[/]\n\n"

@@ -16,8 +16,8 @@ import typer
 from halfbyte.cli.consoles import STDERR, STDOUT, print_json
 
 if TYPE_CHECKING:
-    from halfbyte.config import Config
     from halfbyte.pipeline import RunResult
+    from halfbyte.settings import Config
 
 RecipeFile = Annotated[
     Path | None, typer.Argument(metavar="RECIPE.yaml", help="Settings file; --set overrides any of it.")

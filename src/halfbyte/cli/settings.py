@@ -31,7 +31,7 @@ def schema(as_json: Json = False) -> None:
     """Print every setting with its default and meaning; with --json, as a JSON Schema for editors."""
     from rich.table import Table
 
-    from halfbyte.config import Config
+    from halfbyte.settings import Config
 
     if as_json:
         print_json(Config.model_json_schema())

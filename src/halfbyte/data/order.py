@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from halfbyte.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from halfbyte.config import TrainConfig
+    from halfbyte.settings import TrainConfig
 
 Pass = list[int]
 """Indices of the examples of one forward and backward pass."""

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, NoReturn, cast, get_args
 
-from halfbyte.config import DataFormat, nearest_name
+from halfbyte.config import nearest_name
 from halfbyte.errors import DataError, listed
+from halfbyte.settings import DataFormat
 
 Role = Literal["system", "user", "assistant"]
 Style = Literal["chat", "completion", "text"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
-from halfbyte.config import TemplateName
 from halfbyte.data.read import Message, Row
 from halfbyte.errors import DataError, listed
+from halfbyte.settings import TemplateName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ from halfbyte.evaluate.tasks import ExactMatchResult, exact_match, gradable, wri
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from halfbyte.config import EvaluateConfig
     from halfbyte.data.tokenise import Example
+    from halfbyte.settings import EvaluateConfig
 
 
 @dataclass(frozen=True)

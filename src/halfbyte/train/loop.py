@@ -33,9 +33,9 @@ from halfbyte.train.step import BatchLoss, RowNames, accumulate, trained_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from halfbyte.config import TrainConfig
     from halfbyte.data.pack import Batch
     from halfbyte.data.tokenise import Example
+    from halfbyte.settings import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from halfbyte.quant.weight import QuantSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from halfbyte.config import Config
+    from halfbyte.settings import Config
 
 
 def load_base(config: Config, progress: Progress | None = None) -> PreTrainedModel:

@@ -12,7 +12,7 @@ import torch
 from halfbyte.errors import TrainError
 
 if TYPE_CHECKING:
-    from halfbyte.config import TrainConfig
+    from halfbyte.settings import TrainConfig
 
 NAMES_SHOWN = 5
 
