@@ -107,6 +107,41 @@ def load_config(
     return config
 
 
+CHANGEABLE = ("output_dir", "train.log_steps", "train.save_steps", "train.save_total_limit")
+"""What says nothing about the weights, as all of `evaluate` does: a run may go on with others."""
+
+
+def refuse_other_settings(config: Config, earlier: Config) -> None:
+    """Refuse to go on with a run under settings that would have led it elsewhere.
+
+    Args:
+        config: Settings to go on with.
+        earlier: Settings that the run began with.
+
+    Raises:
+        ConfigError: HB121 naming every setting that differs and both values.
+    """
+    now, then = (_flat(settings.model_dump(exclude={"evaluate"})) for settings in (config, earlier))
+    differ = [n for n in now if n not in CHANGEABLE and now[n] != then.get(n)]
+    if differ:
+        faults = [f"`{name}` was {then.get(name)!r}, is {now[name]!r}" for name in differ]
+        raise ConfigError(
+            "HB121",
+            f"{len(differ)} setting(s) differ from those that the run began with" + listed(faults),
+            where=earlier.output_dir,
+            fix="resume with the earlier settings, or begin a new run in another output_dir",
+        )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    return {
+        f"{key}.{name}" if isinstance(value, Mapping) else key: inner
+        for key, value in settings.items()
+        for name, inner in (value.items() if isinstance(value, Mapping) else [("", value)])
+    }
+
+
 def _merge(into: dict[str, Any], settings: Mapping[str, Any]) -> None:
     """Lay settings over others, section by section."""
     for key, value in settings.items():

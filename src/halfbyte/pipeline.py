@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte import __version__
-from halfbyte.config import load_config
+from halfbyte.config import load_config, refuse_other_settings
 from halfbyte.data.check import DataReport, check_overlap, check_rows, split_rows
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
@@ -35,6 +35,7 @@ from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.watch import Part, Watch
 from halfbyte.settings import Config
+from halfbyte.train.checkpoint import Checkpoint, last_good
 from halfbyte.train.loop import Plan, TrainRun, train
 from halfbyte.train.memory import activation_budget_bytes
 from halfbyte.train.methods import (
@@ -114,7 +115,12 @@ class RunResult:
 
 
 def run(
-    config: Config | str | Path, *, evaluate: bool = True, overwrite: bool = False, watch: Watch | None = None
+    config: Config | str | Path,
+    *,
+    evaluate: bool = True,
+    overwrite: bool = False,
+    resume: bool = False,
+    watch: Watch | None = None,
 ) -> RunResult:
     """Train as the settings say and leave the evidence in `output_dir`.
 
@@ -122,6 +128,8 @@ def run(
         config: Settings, or the path of their YAML file.
         evaluate: Measure the held-out rows before and after.
         overwrite: Replace an earlier run in `output_dir`.
+        resume: Go on with the run in `output_dir` from its newest whole checkpoint, to the very weights it would have
+            had without a break; without a checkpoint it begins anew.
         watch: Shows progress; None shows nothing.
 
     Returns:
@@ -133,8 +141,7 @@ def run(
     config = config if isinstance(config, Config) else load_config(config)
     watch = watch or Watch()
     autocast = autocast_dtype(config)
-    folder = RunFolder.create(Path(config.output_dir), overwrite)
-    folder.write_text("config.yaml", config.to_yaml())
+    folder, checkpoint = _open_folder(config, overwrite, resume, watch)
 
     with _phase("prepare rows", folder, watch) as part:
         rows = prepare(config)
@@ -142,7 +149,7 @@ def run(
     _warn(rows, watch)
     with _phase("load model", folder, watch) as part:
         model = load_base(config, part.progress)
-        folder.write_json("manifest.json", _manifest(config, rows))
+        folder.write_manifest(_manifest(config, rows), same=checkpoint is not None)
         rows.check_fit(model)
     subject = Subject(model, rows.tokenizer, rows.held_out.stop_ids, padding_id(rows.tokenizer))
     measured = partial(
@@ -153,20 +160,10 @@ def run(
     _plan_memory(model, rows, config, folder, watch)
 
     save = saver(model, rows.tokenizer, config)
+    display = watch.training(config.train.log_steps)
+    how = TrainRun(folder.path, save, config.seed, subject.pad_id, autocast, display, checkpoint)
     with folder.phase("train"):
-        training = train(
-            model,
-            rows.train.examples,
-            config.train,
-            TrainRun(
-                folder=folder.path,
-                save=save,
-                seed=config.seed,
-                pad_id=subject.pad_id,
-                autocast=autocast,
-                display=watch.training(config.train.log_steps),
-            ),
-        )
+        training = train(model, rows.train.examples, config.train, how)
     folder.event("head", **head_route(model)._asdict())
     result = folder / result_name(config)
     with _phase("save", folder, watch) as part:
@@ -260,6 +257,29 @@ def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None
         measured = measure(subject, rows.examples, config.evaluate, config.seed, part.progress)
         part.say(measured.described())
     return measured
+
+
+def _open_folder(
+    config: Config, overwrite: bool, resume: bool, watch: Watch
+) -> tuple[RunFolder, Checkpoint | None]:
+    """The run's folder, and the checkpoint to go on from."""
+    path = Path(config.output_dir)
+    if not resume:
+        folder, checkpoint = RunFolder.create(path, overwrite), None
+    else:
+        folder = RunFolder.reopen(path)
+        refuse_other_settings(config, load_config(folder / "config.yaml"))
+        checkpoint, refused = last_good(path)
+        for why in refused:
+            watch.note(f"A checkpoint is refused: {why}.")
+        if checkpoint is None:
+            watch.note("There is no checkpoint to go on from: the run begins anew.")
+            folder = RunFolder.create(path, overwrite=True)
+        else:
+            watch.note(f"Going on after step {checkpoint.state.step:,} of {checkpoint.state.total_steps:,}.")
+            folder.event("resume", checkpoint=checkpoint.folder.name, refused=refused)
+    folder.write_text("config.yaml", config.to_yaml())
+    return folder, checkpoint
 
 
 @contextmanager

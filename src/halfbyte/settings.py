@@ -116,7 +116,9 @@ class TrainConfig(_Section):
     log_steps: int = Field(10, ge=1)
     """Steps between printed lines; metrics.jsonl has every step."""
     save_steps: int | None = Field(None, ge=1)
-    """Steps between checkpoints; null: only at the end and on interruption."""
+    """Steps between checkpoints; null: only on interruption."""
+    save_total_limit: int | None = Field(None, ge=1)
+    """Checkpoints that are kept, the newest; null: all."""
 
     @field_validator("batch_tokens")
     @classmethod

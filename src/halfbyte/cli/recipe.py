@@ -31,6 +31,9 @@ Data = Annotated[list[str] | None, typer.Option("--data", help="File of rows to 
 Method = Annotated[str | None, typer.Option("--method", help="full, lora or qlora.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder that gets all the run leaves.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in the output folder from its last checkpoint.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check settings, rows and model folder, then stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -62,18 +65,22 @@ class Wishes:
     Args:
         evaluate: Measure before and after.
         overwrite: Replace an earlier run.
+        resume: Go on with an earlier run.
         dry_run: Stop before any work.
         as_json: Print for machines.
     """
 
     evaluate: bool
     overwrite: bool
+    resume: bool
     dry_run: bool
     as_json: bool
 
 
 def carry_out(recipe: Path | None, settings: Sequence[str] | None, flags: Flags, wishes: Wishes) -> None:
     """Read the recipe, run it or rehearse it, and print what came of it."""
+    if wishes.overwrite and wishes.resume:
+        raise typer.BadParameter("go on with an earlier run, or replace it: not both", param_hint="--resume")
     from halfbyte.config import load_config
 
     config = load_config(recipe, [*(settings or ()), *flags.as_overrides()])
@@ -84,7 +91,13 @@ def carry_out(recipe: Path | None, settings: Sequence[str] | None, flags: Flags,
     from halfbyte.pipeline import run
     from halfbyte.report.watch import Watch
 
-    result = run(config, evaluate=wishes.evaluate, overwrite=wishes.overwrite, watch=Watch(STDERR))
+    result = run(
+        config,
+        evaluate=wishes.evaluate,
+        overwrite=wishes.overwrite,
+        resume=wishes.resume,
+        watch=Watch(STDERR),
+    )
     if wishes.as_json:
         print_json(_as_json(result))
     else:
@@ -104,7 +117,7 @@ def _rehearse(config: Config, wishes: Wishes) -> None:
     from halfbyte.data.order import Usage
     from halfbyte.pipeline import rehearse
 
-    rows, plan = rehearse(config, wishes.overwrite)
+    rows, plan = rehearse(config, wishes.overwrite or wishes.resume)
     usage = Usage.of(plan.order)
     facts = {
         "model": config.model,

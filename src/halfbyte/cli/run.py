@@ -11,6 +11,7 @@ EXAMPLES = (
     "[bold]Examples[/]\n\n"
     "halfbyte run recipe.yaml\n\n"
     "halfbyte run recipe.yaml --set train.learning_rate=1e-4 --output-dir runs/slower\n\n"
+    "halfbyte run recipe.yaml --resume\n\n"
     "halfbyte run --model models/base --data rows.jsonl --output-dir runs/first --dry-run"
 )
 
@@ -24,6 +25,7 @@ def run(
     method: r.Method = None,
     output_dir: r.OutputDir = None,
     overwrite: r.Overwrite = False,
+    resume: r.Resume = False,
     dry_run: r.DryRun = False,
     as_json: r.Json = False,
 ) -> None:
@@ -32,5 +34,5 @@ def run(
         recipe,
         settings,
         r.Flags(model, data, method, output_dir),
-        r.Wishes(evaluate=True, overwrite=overwrite, dry_run=dry_run, as_json=as_json),
+        r.Wishes(evaluate=True, overwrite=overwrite, resume=resume, dry_run=dry_run, as_json=as_json),
     )

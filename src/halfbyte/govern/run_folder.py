@@ -19,12 +19,14 @@ from typing import Any
 from halfbyte.errors import ConfigError
 
 EVENTS = "events.jsonl"
+MANIFEST = "manifest.json"
+SUMMARY = "summary.json"
 # What only training makes: a run that failed before may be begun again in its folder.
 TRAINED = ("metrics.jsonl", "checkpoints", "adapter", "model")
 # Everything a run leaves. Overwriting a run removes these names and no others.
 CONTENTS = (
     "config.yaml",
-    "manifest.json",
+    MANIFEST,
     "metrics.jsonl",
     EVENTS,
     "checkpoints",
@@ -33,7 +35,7 @@ CONTENTS = (
     "eval",
     "loss.svg",
     "loss.png",
-    "summary.json",
+    SUMMARY,
 )
 
 
@@ -67,6 +69,53 @@ class RunFolder:
         folder = cls(path)
         folder.event("run", state="begun")
         return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Open the folder of a run that did not come to its end.
+
+        Raises:
+            ConfigError: HB122 if there is no run, or it is finished.
+        """
+        what = ""
+        if not (path / EVENTS).is_file() or not (path / "config.yaml").is_file():
+            what = "there is no run to go on with"
+        elif (path / SUMMARY).exists():
+            what = "the run is finished"
+        if what:
+            raise ConfigError(
+                "HB122",
+                what,
+                where=str(path),
+                fix="name the output_dir of an unfinished run, or leave out --resume",
+            )
+        folder = cls(path)
+        folder.event("run", state="resumed")
+        return folder
+
+    def write_manifest(self, manifest: Mapping[str, Any], *, same: bool) -> Path:
+        """Write what the run is made from.
+
+        Args:
+            manifest: From `govern.manifest`.
+            same: Refuse another base model than the one in the manifest that is there already.
+
+        Raises:
+            ConfigError: HB121 naming each file of the base that differs.
+        """
+        if same:
+            then = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["base"]
+            before = {Path(file["path"]).name: file["sha256"] for file in then}
+            now = {Path(file["path"]).name: file["sha256"] for file in manifest["base"]}
+            differ = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+            if differ:
+                raise ConfigError(
+                    "HB121",
+                    f"the base model is not the one that the run began with: {', '.join(differ)}",
+                    where=str(self.path),
+                    fix="put the earlier files back, or begin a new run in another output_dir",
+                )
+        return self.write_json(MANIFEST, manifest)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

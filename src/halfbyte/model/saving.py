@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+_REMAINS = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<end>new|old)")
 
 
 @contextmanager
@@ -84,6 +87,21 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_remains(parent: Path) -> None:
+    """Remove what a process killed within `whole_folder` left, and put back a folder it was just replacing.
+
+    Args:
+        parent: Folder in which such folders were written; may be absent.
+    """
+    for remains in parent.iterdir() if parent.is_dir() else ():
+        if match := _REMAINS.fullmatch(remains.name):
+            target = parent / match["name"]
+            if match["end"] == "old" and not target.exists():
+                remains.rename(target)
+            else:
+                shutil.rmtree(remains)
 
 
 def _refuse_foreign_files(target: Path, written: set[str]) -> None:

@@ -6,12 +6,13 @@ line.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,24 @@ from halfbyte.data.pack import collate, pack
 from halfbyte.errors import TrainError
 from halfbyte.model.heads import PLAIN, Objective
 from halfbyte.model.isolation import prove_isolation
-from halfbyte.train.checkpoint import TrainerState, write_checkpoint
+from halfbyte.train.checkpoint import (
+    Checkpoint,
+    TrainerState,
+    checkpoint_folder,
+    prune,
+    write_checkpoint,
+)
 from halfbyte.train.display import Display, Shown, Silent
 from halfbyte.train.interrupt import CtrlC, TrainInterrupted
 from halfbyte.train.metrics import MetricsFile, StepRecord, peak_rss_bytes
-from halfbyte.train.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from halfbyte.train.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    set_learning_rate,
+    trainable_parameters,
+)
 from halfbyte.train.schedule import learning_rate_factor, warmup_steps
+from halfbyte.train.state import capture, random_state, restore
 from halfbyte.train.step import BatchLoss, RowNames, accumulate, trained_tokens
 
 if TYPE_CHECKING:
@@ -49,6 +62,7 @@ class TrainRun:
         pad_id: Token id to fill short rows with; it is masked, so any id will do.
         autocast: Computing dtype of the forward pass where it differs from the weights', else None.
         display: Shows progress.
+        resume: Checkpoint to go on from; None begins.
     """
 
     folder: Path
@@ -57,6 +71,7 @@ class TrainRun:
     pad_id: int = 0
     autocast: torch.dtype | None = None
     display: Display = field(default_factory=Silent)
+    resume: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -145,29 +160,24 @@ def train(
     Raises:
         ModelError: HB317 where rows are to be packed and the model cannot keep them apart.
         TrainError: HB501 or HB502 at the first loss or gradient that is not finite, with the weights of the
-            step before saved; HB504, HB505 for what cannot be trained.
+            step before saved; HB504, HB505 for what cannot be trained; HB511 for a checkpoint of another run.
         TrainInterrupted: HB503 after Ctrl-C.
     """
     plan = Plan.of([len(e.input_ids) for e in examples], config, run.seed)
     if config.packing:
         prove_isolation(model)
-    loop = _Loop(model, config, run, plan, RowNames({e.id: e.where for e in examples}))
-    torch.manual_seed(run.seed)
+    loop = _Loop(model, config, run, plan, examples)
     with (
         _training_mode(model),
         CtrlC() as ctrl_c,
-        MetricsFile(run.folder / "metrics.jsonl") as metrics,
-        Shown(run.display, loop.plan.total_steps) as display,
+        MetricsFile(run.folder / "metrics.jsonl", after=loop.done) as metrics,
+        Shown(run.display, plan.total_steps) as display,
     ):
-        for step in _steps(examples, config, run, loop.plan):
+        for step in loop.steps():
             record = loop.step(step, ctrl_c)
             metrics.write(record)
             display.step(record)
-            if (
-                config.save_steps
-                and record.step % config.save_steps == 0
-                and record.step < loop.plan.total_steps
-            ):
+            if config.save_steps and record.step % config.save_steps == 0 and record.step < plan.total_steps:
                 loop.checkpoint("save_steps")
     return loop.result()
 
@@ -179,15 +189,6 @@ class _Step:
     batches: list[Batch]
     room: int
     after: Position
-
-
-def _steps(examples: Sequence[Example], config: TrainConfig, run: TrainRun, plan: Plan) -> Iterator[_Step]:
-    """The data of each optimizer step, over as many epochs as it takes."""
-    passes_per_step = config.gradient_accumulation_steps
-    for passes, after in itertools.islice(steps(plan.order, passes_per_step), plan.total_steps):
-        chosen = [[examples[i] for i in members] for members in passes]
-        batches = [pack(rows) if config.packing else collate(rows, run.pad_id) for rows in chosen]
-        yield _Step(batches, sum(map(plan.order.room, passes)), after)
 
 
 @contextmanager
@@ -202,33 +203,58 @@ def _training_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Loop:
-    """The state of one run between steps: the optimizer, counters and clock."""
+    """The state of one run between steps: the optimizer, random generators, counters and clock."""
 
     def __init__(
-        self, model: PreTrainedModel, config: TrainConfig, run: TrainRun, plan: Plan, rows: RowNames
+        self,
+        model: PreTrainedModel,
+        config: TrainConfig,
+        run: TrainRun,
+        plan: Plan,
+        examples: Sequence[Example],
     ) -> None:
-        self.model, self.config, self.run, self.plan, self.rows = model, config, run, plan, rows
+        self.model, self.config, self.run, self.plan, self.examples = model, config, run, plan, examples
+        self.rows = RowNames({e.id: e.where for e in examples})
         self.objective = Objective(config.label_smoothing, config.z_loss)
         self.optimizer = build_optimizer(model, config)
-        self.began = time.perf_counter()
-        self.position = Position()
-        self.tokens = 0
-        self.trained = 0
-        self.documents = 0
-        self.passes = 0
-        self.room = 0
-        self.first: StepRecord | None = None
-        self.last: StepRecord | None = None
+        self.state = TrainerState.beginning(plan.total_steps, run.seed, _digest(examples))
+        torch.manual_seed(run.seed)
+        if run.resume is not None:
+            self._go_on_from(run.resume)
+        self.random = random_state()
+        self.began = time.perf_counter() - self.state.seconds
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        if (state.total_steps, state.seed, state.rows_sha256) != (
+            self.state.total_steps,
+            self.state.seed,
+            self.state.rows_sha256,
+        ):
+            raise TrainError(
+                "HB511",
+                "it is of a run with other rows, another seed or another number of steps",
+                where=str(checkpoint.folder),
+                fix="resume with the rows and settings that the run began with",
+            )
+        restore(checkpoint.tensors, trainable_parameters(self.model), self.optimizer)
+        self.state = state
 
     @property
     def done(self) -> int:
         """Optimizer steps done."""
-        return self.last.step if self.last else 0
+        return self.state.step
 
-    @property
-    def epochs(self) -> float:
-        """Passes over the data finished."""
-        return self.documents / len(self.plan.order.lengths)
+    def steps(self) -> Iterator[_Step]:
+        """The data of each optimizer step that is left, over as many epochs as it takes."""
+        per_step, order, examples = self.config.gradient_accumulation_steps, self.plan.order, self.examples
+        left = self.plan.total_steps - self.done
+        for passes, after in itertools.islice(steps(order, per_step, self.state.position), left):
+            chosen = [[examples[i] for i in members] for members in passes]
+            batches = [
+                pack(rows) if self.config.packing else collate(rows, self.run.pad_id) for rows in chosen
+            ]
+            yield _Step(batches, sum(map(order.room, passes)), after)
 
     def step(self, step: _Step, ctrl_c: CtrlC) -> StepRecord:
         """One optimizer step; the weights change only if all of it went well."""
@@ -279,23 +305,33 @@ class _Loop:
             "HB503",
             f"stopped by Ctrl-C after {self.done} of {self.plan.total_steps} steps",
             where=str(saved),
-            fix="the weights so far are saved there; a run cannot be continued from them, only begun anew",
+            fix="everything so far is saved there; go on with the same command and --resume",
         )
 
     def _note(self, step: _Step, loss: BatchLoss, grad_norm: float, lr: float, step_s: float) -> StepRecord:
         """Count a finished step."""
+        before = self.state
         tokens = sum(batch.tokens for batch in step.batches)
         trained = sum(batch.trained_tokens for batch in step.batches)
         documents = sum(len(batch.documents) for batch in step.batches)
-        self.position = step.after
-        self.tokens += tokens
-        self.trained += trained
-        self.documents += documents
-        self.passes += len(step.batches)
-        self.room += step.room
-        self.last = StepRecord(
-            step=self.done + 1,
-            epoch=self.epochs,
+        self.random = random_state()
+        self.state = replace(
+            before,
+            step=before.step + 1,
+            first_loss=loss.loss if before.first_loss is None else before.first_loss,
+            loss=loss.loss,
+            epoch=(before.documents + documents) / len(self.examples),
+            tokens=before.tokens + tokens,
+            trained_tokens=before.trained_tokens + trained,
+            documents=before.documents + documents,
+            passes=before.passes + len(step.batches),
+            room=before.room + step.room,
+            seconds=time.perf_counter() - self.began,
+            position=step.after,
+        )
+        return StepRecord(
+            step=self.state.step,
+            epoch=self.state.epoch,
             loss=loss.loss,
             lr=lr,
             grad_norm=grad_norm,
@@ -304,50 +340,52 @@ class _Loop:
             documents=documents,
             fill=tokens / step.room,
             tokens_per_s=tokens / step_s,
-            seconds=time.perf_counter() - self.began,
+            seconds=self.state.seconds,
             peak_rss_bytes=peak_rss_bytes(),
             objective=None if self.objective == PLAIN else loss.objective,
         )
-        self.first = self.first or self.last
-        return self.last
 
     def checkpoint(self, reason: str) -> Path:
-        """Save the weights as they stand after the last finished step."""
-        state = TrainerState(
-            step=self.done,
-            total_steps=self.plan.total_steps,
-            epoch=self.epochs,
-            loss=self.last.loss if self.last else None,
-            tokens=self.tokens,
-            seed=self.run.seed,
-            position=self.position,
-            reason=reason,
-        )
-        folder = self.run.folder / "checkpoints" / f"step-{self.done:06d}"
-        if folder.exists():  # save_steps just wrote these very weights
+        """Save all that going on takes, as it stands after the last finished step."""
+        folder = checkpoint_folder(self.run.folder, self.done)
+        if folder.exists():  # save_steps just wrote this very state
             return folder
-        return write_checkpoint(folder, self.run.save, state)
+        tensors = capture(trainable_parameters(self.model), self.optimizer, self.random)
+        write_checkpoint(folder, self.run.save, replace(self.state, reason=reason), tensors)
+        if self.config.save_total_limit is not None:
+            prune(self.run.folder, self.config.save_total_limit)
+        return folder
 
     def result(self) -> TrainResult:
         """The sums of the run."""
-        assert self.first is not None, "a plan has at least one step"
-        assert self.last is not None
-        seconds = time.perf_counter() - self.began
+        state = self.state
+        assert state.first_loss is not None, "a plan has at least one step"
+        assert state.loss is not None
         return TrainResult(
-            steps=self.done,
-            epochs=self.epochs,
-            first_loss=self.first.loss,
-            last_loss=self.last.loss,
-            tokens=self.tokens,
-            trained_tokens=self.trained,
+            steps=state.step,
+            epochs=state.epoch,
+            first_loss=state.first_loss,
+            last_loss=state.loss,
+            tokens=state.tokens,
+            trained_tokens=state.trained_tokens,
             usage=Usage(
-                self.passes,
-                self.documents / self.passes,
+                state.passes,
+                state.documents / state.passes,
                 self.plan.order.batch_tokens if isinstance(self.plan.order, Packed) else None,
-                self.tokens / self.room,
+                state.tokens / state.room,
             ),
-            seconds=seconds,
-            tokens_per_s=self.tokens / seconds,
+            seconds=state.seconds,
+            tokens_per_s=state.tokens / state.seconds,
             peak_rss_bytes=peak_rss_bytes(),
             metrics=self.run.folder / "metrics.jsonl",
         )
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of the tokens of all rows and of which of them are trained, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.trained.tobytes())
+    return digest.hexdigest()

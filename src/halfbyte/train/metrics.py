@@ -54,12 +54,17 @@ class MetricsFile:
     """Appends one JSON line per step, each flushed, so that a crash loses none.
 
     Args:
-        path: The file; it is begun anew.
+        path: The file.
+        after: Step that a run goes on from: lines of later steps, which are done anew, are dropped. 0 begins the
+            file anew.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, after: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_until(path, after)
         self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
+        self._file.flush()
 
     def write(self, record: StepRecord) -> None:
         """Append one step."""
@@ -73,6 +78,20 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of the steps up to one; a line cut off by a crash ends them."""
+    kept: list[str] = []
+    if step and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            kept.append(line)
+    return kept
 
 
 def peak_rss_bytes() -> int | None:
