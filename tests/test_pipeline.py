@@ -414,3 +414,22 @@ def test_nothing_is_resumed_where_no_run_is_or_it_is_finished(make: Make) -> Non
     run(config, evaluate=False)
     with pytest.raises(ConfigError, match="HB122.*finished"):
         run(config, resume=True)
+
+
+def test_the_held_out_loss_is_measured_while_training_and_drawn(make: Make) -> None:
+    done = run(make("train.eval_steps=3", "train.keep=best"))
+    measured = {
+        r["step"]: r["held_out_loss"] for r in _lines(done.folder / "metrics.jsonl") if r["held_out_loss"]
+    }
+    steps = done.summary.training.steps
+    assert sorted(measured) == sorted({*range(3, steps + 1, 3), steps})
+    best = min(measured, key=measured.__getitem__)
+    assert (done.summary.training.best_step, done.summary.training.best_loss) == (best, measured[best])
+    after = next(c for c in done.summary.changes if c.name == "loss")
+    assert after.after.value == pytest.approx(measured[best], rel=1e-6)
+    assert "held-out loss" in (done.folder / "loss.svg").read_text(encoding="utf-8")
+
+
+def test_measuring_while_training_needs_held_out_rows(make: Make) -> None:
+    with pytest.raises(ConfigError, match="HB102.*no rows are held out"):
+        run(make("train.eval_steps=3", "data.eval_fraction=0"))

@@ -5,7 +5,7 @@ It owns the order of the steps and what each hands to the next; it must not know
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,9 @@ from halfbyte.data.check import DataReport, check_overlap, check_rows, split_row
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
 from halfbyte.data.tokenise import Tokenised, load_tokenizer, padding_id, tokenise_rows
-from halfbyte.errors import EvaluateError
+from halfbyte.errors import ConfigError, EvaluateError
 from halfbyte.evaluate.measure import Measurement, Subject, measure
+from halfbyte.evaluate.perplexity import held_out_loss
 from halfbyte.govern.manifest import manifest
 from halfbyte.govern.run_folder import RunFolder, check_free
 from halfbyte.kernels import backends
@@ -161,7 +162,8 @@ def run(
 
     save = saver(model, rows.tokenizer, config)
     display = watch.training(config.train.log_steps)
-    how = TrainRun(folder.path, save, config.seed, subject.pad_id, autocast, display, checkpoint)
+    held_out = _held_out_loss(subject, rows.held_out, config)
+    how = TrainRun(folder.path, save, config.seed, subject.pad_id, autocast, display, checkpoint, held_out)
     with folder.phase("train"):
         training = train(model, rows.train.examples, config.train, how)
     folder.event("head", **head_route(model)._asdict())
@@ -323,6 +325,22 @@ def _measure(
         measured.write(folder / "eval", when)
         part.say(measured.described())
     return measured
+
+
+def _held_out_loss(subject: Subject, rows: Tokenised, config: Config) -> Callable[[], float] | None:
+    """What measures the held-out loss while training; None where there are no held-out rows.
+
+    Raises:
+        ConfigError: HB102 where the settings need some.
+    """
+    if rows.examples:
+        size, pad_id = config.evaluate.batch_size, subject.pad_id
+        found = partial(held_out_loss, subject.model, rows.examples, batch_size=size, pad_id=pad_id)
+        return lambda: found(resamples=100).loss.value  # of the intervals nothing is kept
+    if config.train.eval_steps is not None:
+        fix = "name data.eval, set data.eval_fraction above 0, or leave train.eval_steps out"
+        raise ConfigError("HB102", "no rows are held out to measure", where="train.eval_steps", fix=fix)
+    return None
 
 
 def _warn(rows: Prepared, watch: Watch) -> None:

@@ -118,7 +118,20 @@ class TrainConfig(_Section):
     save_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints; null: only on interruption."""
     save_total_limit: int | None = Field(None, ge=1)
-    """Checkpoints that are kept, the newest; null: all."""
+    """Checkpoints that are kept, the newest and the best; null: all."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between measurements of the held-out loss while training; null: none."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are the result: the last, or those of the lowest held-out loss measured while training."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Measurements in a row without a lower held-out loss that end the training; null: it is never ended early."""
+
+    @field_validator("keep", "early_stopping_patience")
+    @classmethod
+    def _measured(cls, value: object, others: ValidationInfo) -> object:
+        if value not in (None, "last") and others.data.get("eval_steps") is None:
+            raise PydanticCustomError("unread", "train.eval_steps to be set: nothing is measured without it")
+        return value
 
     @field_validator("batch_tokens")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,73 @@ def test_a_checkpoint_changes_nothing_of_the_run_that_writes_it(
     train(never, rows, PACKED.model_copy(update={"save_steps": None}), _run(never, tmp_path / "never"))
     assert _bits(often) == _bits(never)
     assert not torch.equal(often.model.layers[0].mlp.up_proj.lora_B, torch.zeros(1))
+
+
+class _Losses:
+    """Held-out losses one after another, and which step each was measured after."""
+
+    def __init__(self, *losses: float) -> None:
+        self._left = list(losses)
+
+    def __call__(self) -> float:
+        return self._left.pop(0)
+
+
+MEASURED = PADDED.model_copy(update={"save_steps": None, "eval_steps": 1, "epochs": 3})
+
+
+def _measured(model: PreTrainedModel, folder: Path, losses: _Losses, cut: int | None = None) -> TrainRun:
+    return replace(_run(model, folder, cut), held_out_loss=losses)
+
+
+def test_the_best_weights_are_the_result_where_the_settings_say_so(
+    tiny_llama: Build, rows: list[Example], tmp_path: Path
+) -> None:
+    seen: dict[int, bytes] = {}
+    model, last = tiny_llama(), tiny_llama()
+
+    class Seen(Silent):
+        def step(self, record: StepRecord) -> None:
+            seen[record.step] = _bits(model)
+
+    config = MEASURED.model_copy(update={"keep": "best", "save_total_limit": 1, "save_steps": 1})
+    run = replace(_measured(model, tmp_path / "best", _Losses(5, 3, 4, 2, 6, 2.5)), display=Seen())
+    result = train(model, rows, config, run)
+    assert (result.best_step, result.best_loss, result.steps) == (4, 2, 6)
+    assert _bits(model) == seen[4]
+    assert seen[4] != seen[6]
+    kept = sorted(p.name for p in (tmp_path / "best/checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000005"]
+    train(last, rows, MEASURED, _measured(last, tmp_path / "last", _Losses(5, 3, 4, 2, 6, 2.5)))
+    assert _bits(last) == seen[6]
+    assert [line["held_out_loss"] for line in _told(tmp_path / "last")] == [5, 3, 4, 2, 6, 2.5]
+
+
+def test_training_ends_early_after_so_many_measurements_without_a_lower_loss(
+    tiny_llama: Build, rows: list[Example], tmp_path: Path
+) -> None:
+    config = MEASURED.model_copy(update={"early_stopping_patience": 2})
+    model = tiny_llama()
+    result = train(model, rows, config, _measured(model, tmp_path, _Losses(5, 3, 3, 2.9, 2.9, 3)))
+    assert (result.steps, result.best_step) == (6, 4)
+    model = tiny_llama()
+    result = train(model, rows, config, _measured(model, tmp_path / "early", _Losses(5, 3, 3, 4)))
+    assert (result.steps, result.best_step) == (4, 2)
+
+
+def test_a_resumed_run_remembers_its_best(tiny_llama: Build, rows: list[Example], tmp_path: Path) -> None:
+    config = MEASURED.model_copy(update={"keep": "best", "save_steps": 2})
+    whole, model = tiny_llama(), tiny_llama()
+    train(whole, rows, config, _measured(whole, tmp_path / "whole", _Losses(5, 3, 4, 3.5, 6, 7)))
+    with pytest.raises(ZeroDivisionError):
+        train(model, rows, config, _measured(model, tmp_path / "cut", _Losses(5, 3, 4, 3.5, 6), 5))
+    model = tiny_llama()
+    result = train(model, rows, config, _measured(model, tmp_path / "cut", _Losses(6, 7)))
+    assert (result.best_step, result.best_loss) == (2, 3)
+    assert _bits(model) == _bits(whole)
+
+
+@pytest.mark.parametrize("setting", [{"keep": "best"}, {"early_stopping_patience": 1}])
+def test_what_needs_measurements_is_refused_without_them(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"train.eval_steps"):
+        TrainConfig(**setting)

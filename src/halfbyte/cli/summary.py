@@ -167,7 +167,12 @@ def _cost(summary: Summary) -> RenderableType:
     return _facts(
         {
             "training": f"{t.steps:,} steps, {t.epochs:.3g} epoch{'s' * (t.epochs != 1)} in {duration(t.seconds)}; "
-            f"loss of a step {t.first_loss:.3f} at first, {t.last_loss:.3f} at last",
+            f"loss of a step {t.first_loss:.3f} at first, {t.last_loss:.3f} at last"
+            + (
+                f"; held-out loss lowest, {t.best_loss:.3f}, after step {t.best_step:,}"
+                if t.best_step
+                else ""
+            ),
             "speed": f"{t.tokens_per_s:,.0f} tokens/s over {t.tokens:,} tokens, "
             f"{t.trained_tokens:,} of them trained",
             "passes": t.usage.described(),

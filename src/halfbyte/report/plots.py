@@ -21,8 +21,9 @@ from halfbyte.errors import EvaluateError, listed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-RAW, SMOOTH, RATE = "#9ecae1", "#08519c", "#b35806"
+RAW, SMOOTH, RATE, HELD_OUT = "#9ecae1", "#08519c", "#b35806", "#7b3294"
 """Colours that people with colour blindness tell apart, and that keep their order in grey."""
 
 SMOOTHED_SHARE = 0.02
@@ -45,11 +46,13 @@ class Curve:
         step: (S,) step numbers.
         loss: (S,) loss of each step.
         lr: (S,) learning rate of each step.
+        held_out: (S,) held-out loss after each step; NaN where it was not measured.
     """
 
     step: NDArray[np.float64]
     loss: NDArray[np.float64]
     lr: NDArray[np.float64]
+    held_out: NDArray[np.float64]
 
 
 def loss_curve(metrics: Path, out: Path, *, title: str = "") -> tuple[Path, Path]:
@@ -105,8 +108,16 @@ def read_curve(metrics: Path) -> Curve:
             continue
         try:
             record = json.loads(line)
-            rows.append((float(record["step"]), float(record["loss"]), float(record["lr"])))
-        except (ValueError, KeyError, TypeError):
+            held_out = record.get("held_out_loss")
+            rows.append(
+                (
+                    float(record["step"]),
+                    float(record["loss"]),
+                    float(record["lr"]),
+                    math.nan if held_out is None else float(held_out),
+                )
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
             bad.append(f"line {number}: {line[:80]}")
     if bad or not rows:
         raise EvaluateError(
@@ -117,8 +128,8 @@ def read_curve(metrics: Path) -> Curve:
             where=str(metrics),
             fix="give the metrics.jsonl of a training run",
         )
-    step, loss, lr = np.array(rows).T
-    return Curve(step, loss, lr)
+    step, loss, lr, held_out = np.array(rows).T
+    return Curve(step, loss, lr, held_out)
 
 
 def smoothed(values: NDArray[np.float64], width: float) -> NDArray[np.float64]:
@@ -156,6 +167,7 @@ def _draw(figure: Figure, curve: Curve, title: str) -> None:
         *loss_axis.plot(
             curve.step, average, color=SMOOTH, linewidth=2.0, marker=marker, label="loss, smoothed"
         ),
+        *(_held_out(loss_axis, curve) if np.isfinite(curve.held_out).any() else ()),
         *rate_axis.plot(
             curve.step, curve.lr, color=RATE, linewidth=1.2, linestyle="--", label="learning rate"
         ),
@@ -169,9 +181,24 @@ def _draw(figure: Figure, curve: Curve, title: str) -> None:
     rate_axis.set_ylim(bottom=0.0, top=max(float(curve.lr.max()) * 1.08, 1e-12))
     rate_axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
     loss_axis.locator_params(axis="x", integer=True)
-    loss_axis.legend(handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    loss_axis.legend(
+        handles=lines, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines), frameon=False
+    )
     if title:
         figure.suptitle(title, fontsize=11)
+
+
+def _held_out(axis: Axes, curve: Curve) -> list[Line2D]:
+    measured = np.isfinite(curve.held_out)
+    return axis.plot(
+        curve.step[measured],
+        curve.held_out[measured],
+        color=HELD_OUT,
+        linewidth=1.2,
+        marker="o",
+        markersize=4.0,
+        label="held-out loss",
+    )
 
 
 def _save(figure: Figure, path: Path, metadata: Mapping[str, str | None]) -> None:

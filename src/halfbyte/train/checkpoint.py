@@ -46,6 +46,9 @@ class TrainerState:
         seed: Seed of the run.
         rows_sha256: Digest of the rows trained on, in order.
         position: Which pass over which rows comes next.
+        best_step: Step after which the held-out loss was lowest so far; None where it was not measured.
+        best_loss: That loss.
+        not_better: Measurements since.
         reason: Why it was written.
     """
 
@@ -63,6 +66,9 @@ class TrainerState:
     seed: int
     rows_sha256: str
     position: Position
+    best_step: int | None
+    best_loss: float | None
+    not_better: int
     reason: str
 
     @classmethod
@@ -83,6 +89,9 @@ class TrainerState:
             seed=seed,
             rows_sha256=rows_sha256,
             position=Position(),
+            best_step=None,
+            best_loss=None,
+            not_better=0,
             reason="",
         )
 
@@ -181,15 +190,17 @@ def last_good(run: Path) -> Found:
     return Found(None, refused)
 
 
-def prune(run: Path, limit: int) -> None:
-    """Remove all but the newest checkpoints of a run.
+def prune(run: Path, limit: int, best_step: int | None) -> None:
+    """Remove all but the newest checkpoints of a run and its best.
 
     Args:
         run: The run's folder.
         limit: How many stay, ≥ 1.
+        best_step: Whose checkpoint stays besides; None for none.
     """
     for folder in _checkpoints(run)[:-limit]:
-        shutil.rmtree(folder)
+        if best_step is None or folder != checkpoint_folder(run, best_step):
+            shutil.rmtree(folder)
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -66,7 +66,8 @@ class Lines:
 
     def step(self, record: StepRecord) -> None:
         """Print the step if it is due."""
-        if record.step % self._every and record.step not in (1, self._total):
+        measured = record.held_out_loss is not None
+        if record.step % self._every and record.step not in (1, self._total) and not measured:
             return
         left_s = record.seconds / record.step * (self._total - record.step)
         line = (
@@ -74,6 +75,8 @@ class Lines:
             f"{record.tokens_per_s:,.0f} tokens/s  {record.documents:,} rows, {record.fill:.0%} full  "
             f"{duration(left_s)} left"
         )
+        if measured:
+            line += f"  held-out loss {record.held_out_loss:.4f}"
         self._console.print(line, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
@@ -94,12 +97,13 @@ class Bar:
             TaskProgressColumn(),
             MofNCompleteColumn(),
             TextColumn("loss [bold]{task.fields[loss]}"),
+            TextColumn("held out {task.fields[held_out]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
             TextColumn("{task.fields[fill]} full"),
             TimeRemainingColumn(compact=True),
             console=console,
         )
-        self._task = self._progress.add_task("train", total=None, loss="-", speed="-", fill="-")
+        self._task = self._progress.add_task("train", total=None, loss="-", held_out="-", speed="-", fill="-")
 
     def start(self, total_steps: int) -> None:
         """Show the empty bar."""
@@ -115,6 +119,8 @@ class Bar:
             speed=f"{record.tokens_per_s:,.0f}",
             fill=f"{record.fill:.0%}",
         )
+        if record.held_out_loss is not None:
+            self._progress.update(self._task, held_out=f"{record.held_out_loss:.4f}")
 
     def stop(self) -> None:
         """Leave the bar as it stands."""

@@ -28,6 +28,7 @@ from halfbyte.train.checkpoint import (
     TrainerState,
     checkpoint_folder,
     prune,
+    read_checkpoint,
     write_checkpoint,
 )
 from halfbyte.train.display import Display, Shown, Silent
@@ -63,6 +64,7 @@ class TrainRun:
         autocast: Computing dtype of the forward pass where it differs from the weights', else None.
         display: Shows progress.
         resume: Checkpoint to go on from; None begins.
+        held_out_loss: Measures the loss of held-out rows, nats per trained token; None where there are none.
     """
 
     folder: Path
@@ -72,6 +74,7 @@ class TrainRun:
     autocast: torch.dtype | None = None
     display: Display = field(default_factory=Silent)
     resume: Checkpoint | None = None
+    held_out_loss: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class TrainResult:
         last_loss: Loss of the last step, before its update.
         tokens: Tokens seen, without padding.
         trained_tokens: Tokens that carried loss.
+        best_step: Step after which the held-out loss was lowest; None where it was not measured while training.
+        best_loss: That loss.
         usage: How full the passes were.
         seconds: Wall time.
         tokens_per_s: `tokens` by `seconds`.
@@ -98,6 +103,8 @@ class TrainResult:
     last_loss: float
     tokens: int
     trained_tokens: int
+    best_step: int | None
+    best_loss: float | None
     usage: Usage
     seconds: float
     tokens_per_s: float
@@ -174,11 +181,14 @@ def train(
         Shown(run.display, plan.total_steps) as display,
     ):
         for step in loop.steps():
-            record = loop.step(step, ctrl_c)
+            record = loop.measured(loop.step(step, ctrl_c))
             metrics.write(record)
             display.step(record)
-            if config.save_steps and record.step % config.save_steps == 0 and record.step < plan.total_steps:
-                loop.checkpoint("save_steps")
+            loop.keep()
+            if loop.should_stop:
+                break
+        if config.keep == "best":
+            loop.go_back_to_best()
     return loop.result()
 
 
@@ -345,6 +355,40 @@ class _Loop:
             objective=None if self.objective == PLAIN else loss.objective,
         )
 
+    def measured(self, record: StepRecord) -> StepRecord:
+        """The record with the held-out loss, where it is due."""
+        every, measure = self.config.eval_steps, self.run.held_out_loss
+        if every is None or measure is None or (self.done % every and self.done != self.plan.total_steps):
+            return record
+        loss, best = measure(), self.state.best_loss
+        if best is None or loss < best:
+            self.state = replace(self.state, best_step=self.done, best_loss=loss, not_better=0)
+        else:
+            self.state = replace(self.state, not_better=self.state.not_better + 1)
+        self.random = random_state()
+        return replace(record, held_out_loss=loss)
+
+    def keep(self) -> None:
+        """Write the checkpoints that are due after a step."""
+        if self.config.keep == "best" and self.state.best_step == self.done:
+            self.checkpoint("best")
+        every = self.config.save_steps
+        if every and self.done % every == 0 and self.done < self.plan.total_steps:
+            self.checkpoint("save_steps")
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the held-out loss has not become lower for as long as the settings allow."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.state.not_better >= patience
+
+    def go_back_to_best(self) -> None:
+        """Put the weights of the lowest held-out loss into the model."""
+        assert self.state.best_step is not None, "settings that keep the best measure the last step"
+        if self.state.best_step != self.done:
+            best = read_checkpoint(checkpoint_folder(self.run.folder, self.state.best_step))
+            restore(best.tensors, trainable_parameters(self.model), self.optimizer)
+
     def checkpoint(self, reason: str) -> Path:
         """Save all that going on takes, as it stands after the last finished step."""
         folder = checkpoint_folder(self.run.folder, self.done)
@@ -353,7 +397,8 @@ class _Loop:
         tensors = capture(trainable_parameters(self.model), self.optimizer, self.random)
         write_checkpoint(folder, self.run.save, replace(self.state, reason=reason), tensors)
         if self.config.save_total_limit is not None:
-            prune(self.run.folder, self.config.save_total_limit)
+            best = self.state.best_step if self.config.keep == "best" else None
+            prune(self.run.folder, self.config.save_total_limit, best)
         return folder
 
     def result(self) -> TrainResult:
@@ -368,6 +413,8 @@ class _Loop:
             last_loss=state.loss,
             tokens=state.tokens,
             trained_tokens=state.trained_tokens,
+            best_step=state.best_step,
+            best_loss=state.best_loss,
             usage=Usage(
                 state.passes,
                 state.documents / state.passes,

@@ -33,6 +33,8 @@ class StepRecord:
         peak_rss_bytes: Largest resident memory of the process so far; None where the system does not say.
         objective: What was minimised, where label smoothing or z-loss make that another number than `loss`;
             else None.
+        held_out_loss: Loss of the held-out rows after this step's update, nats per trained token; None where it was
+            not measured.
     """
 
     step: int
@@ -48,6 +50,7 @@ class StepRecord:
     seconds: float
     peak_rss_bytes: int | None
     objective: float | None = None
+    held_out_loss: float | None = None
 
 
 class MetricsFile:
