@@ -185,7 +185,8 @@ def test_registration_passes_torch_s_own_checks() -> None:
     for op, arguments in (
         (torch.ops.halfbyte.head_loss, (*inputs, *terms, 3.0, [True, True, True])),
         (torch.ops.halfbyte.head_loss, (*plain, *terms, 3.0, [False, False, False])),
-        (torch.ops.halfbyte.token_losses, (*plain, *terms[2:])),
+        (torch.ops.halfbyte.token_losses, (*plain, *terms[2:], False)),
+        (torch.ops.halfbyte.token_losses, (case.hidden, *plain[1:], *terms[2:], True)),
     ):
         assert set(torch.library.opcheck(op.default, arguments).values()) == {"SUCCESS"}
 
@@ -199,11 +200,48 @@ def test_losses_of_each_token_are_the_parts_of_the_loss(
     bend = {
         name: case.settings.get(name, default) for name, default in (("softcap", None), ("logit_scale", 1.0))
     }
-    nll = token_losses(case.hidden, case.weight, case.targets, bias=case.bias, **bend)
+    with torch.no_grad():
+        nll = token_losses(case.hidden, case.weight, case.targets, bias=case.bias, **bend)
     assert nll.dtype == torch.float64
     assert not nll.requires_grad
     assert ((nll - case.nll).abs() <= case.nll_bound).all()
     assert nll.sum().item() / DIVISOR == pytest.approx(case.computed().cross_entropy.item(), rel=2.0**-22)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_function_of_the_losses_has_its_gradient(
+    backend: str, dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)  # several chunks
+    case = Case(dtype, 37)
+    hidden, weight, bias = (
+        x.detach() for x in (case.hidden, case.weight, torch.linspace(-1, 1, len(case.weight)))
+    )
+
+    def function(nll: Tensor) -> Tensor:  # of two groups of tokens, as a preference of one over the other is
+        return torch.nn.functional.softplus(nll[:20].sum() - nll[20:].sum() * 1.5) + nll[3] ** 2
+
+    hidden.requires_grad_()
+    (got,) = torch.autograd.grad(
+        function(token_losses(hidden, weight, case.targets, bias=bias, softcap=softcap)), hidden
+    )
+    wide = hidden.detach().double().requires_grad_()
+    logits = wide @ weight.to(dtype).double().T + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    exact_nll = torch.nn.functional.cross_entropy(logits, case.targets, reduction="none")
+    (exact,) = torch.autograd.grad(function(exact_nll), wide)
+    # Rounded when the row's own gradient is stored and when it is scaled; sums of V terms in float32 before.
+    eps = torch.finfo(dtype).eps
+    assert (got.double() - exact).abs().max() <= (4 * eps + len(weight) * 2.0**-22) * exact.abs().max()
+    assert exact.abs().max() > 0
+
+
+def test_a_weight_that_trains_has_no_losses_of_tokens() -> None:
+    case = Case(torch.float32, 5)
+    with pytest.raises(KernelError, match="HB402.*token_losses: weight.*without gradient"):
+        token_losses(case.hidden, case.weight, case.targets)
 
 
 def test_only_the_gradients_wanted_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +251,8 @@ def test_only_the_gradients_wanted_are_computed(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(loss, name, lambda *a, n=name, f=right: (calls.append(n), f(*a)))
     case = Case(torch.bfloat16, 9)
     frozen = case.weight.detach()
-    token_losses(case.hidden, case.weight, case.targets)
     with torch.no_grad():
+        token_losses(case.hidden, case.weight, case.targets)
         head_loss(case.hidden, case.weight, case.targets, divisor=1.0)
     head_loss(case.hidden.detach(), frozen, case.targets, divisor=1.0)
     assert calls == []
@@ -270,7 +308,7 @@ def test_nan_in_one_hidden_state_makes_the_loss_nan(backend: str) -> None:
     found = case.computed()
     assert found.objective.isnan()
     assert found.cross_entropy.isnan()
-    nll = token_losses(case.hidden, case.weight, case.targets)
+    nll = token_losses(case.hidden, case.weight.detach(), case.targets)
     assert nll.isnan().nonzero().tolist() == [[23]]
 
 

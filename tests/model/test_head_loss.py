@@ -100,9 +100,24 @@ def test_loss_and_gradients_are_the_model_s_own(config: PretrainedConfig) -> Non
     assert head_route(model).way == "dense"
     assert ours.objective == ours.cross_entropy
     assert_same(model, ours.objective, theirs)
-    nll = trained_token_losses(model, *given())
+    with torch.no_grad():
+        nll = trained_token_losses(model, *given())
     assert nll.shape == (10,)
     assert abs(nll.mean().item() - theirs.item()) <= LOSS_TOLERANCE
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["head frozen", "head trained"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_losses_of_tokens_carry_their_gradients(config: PretrainedConfig, frozen: bool) -> None:
+    model = built(config)
+    model.get_output_embeddings().requires_grad_(not frozen)
+    input_ids, mask, labels = rows()
+    logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
+    chosen = labels[:, 1:] != UNTRAINED
+    theirs = torch.nn.functional.cross_entropy(logits[chosen], labels[:, 1:][chosen], reduction="none")
+    weights = torch.linspace(-1.0, 2.0, 10)  # as of a preference: some tokens to be likelier, some less
+    ours = trained_token_losses(model, *given())
+    assert_same(model, (ours * weights).sum(), (theirs * weights).sum(), loosen=10)
 
 
 def test_the_head_has_nothing_to_multiply() -> None:

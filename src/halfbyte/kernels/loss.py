@@ -104,18 +104,25 @@ def token_losses(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Negative log-likelihood of each target, without gradient; arguments as for `head_loss`.
+    """Negative log-likelihood of each target, with the gradient of `hidden`; arguments as for `head_loss`.
+
+    What is made of the losses may be any function of them: each depends on its own row of `hidden` alone, so that
+    row's gradient is computed beside it and only scaled in the backward pass.
 
     Returns:
         (P,) float64, in nats.
 
     Raises:
-        KernelError: HB402, as `head_loss`.
+        KernelError: HB402, as `head_loss`; for a weight or bias whose gradient would be wanted.
     """
     _check_tensors("token_losses", _Inputs(hidden, weight, targets, bias))
     terms = _terms("token_losses", 0.0, 0.0, softcap, logit_scale)
-    with torch.no_grad():
-        nll: Tensor = torch.ops.halfbyte.token_losses(hidden, weight, targets, bias, *terms[2:])
+    tracked = torch.is_grad_enabled()
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        if tracked and tensor is not None and tensor.requires_grad:
+            raise refused("token_losses", name, tensor, "one without gradient")
+    wanted = tracked and hidden.requires_grad
+    nll: Tensor = torch.ops.halfbyte.token_losses(hidden, weight, targets, bias, *terms[2:], wanted)[0]
     return nll
 
 
@@ -281,18 +288,35 @@ def _scale_gradients(ctx: Any, dobjective: Tensor, *_: Any) -> tuple[Tensor | No
 
 
 def _compute_token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *bend: float
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    *bend, wanted = settings
     nll = hidden.new_empty(len(hidden), dtype=torch.float64)
     inputs = _Inputs(hidden.contiguous(), weight.to(hidden.dtype).contiguous(), targets.contiguous(), bias)
+    dhidden = hidden.new_empty(hidden.shape if wanted else 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        for chunk in _chunks(inputs, LossTerms(0.0, 0.0, *bend), None):
+        for chunk in _chunks(inputs, LossTerms(0.0, 0.0, *bend), 1.0 if wanted else None):
             nll[chunk.rows] = chunk.nll
-    return nll
+            if wanted:
+                _hidden_grad(chunk.dlogits, inputs.weight, dhidden[chunk.rows])
+    return nll, dhidden
 
 
-def _token_losses_shape(hidden: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float64)
+def _token_losses_shapes(hidden: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    nll = hidden.new_empty(hidden.shape[0], dtype=torch.float64)
+    return nll, hidden.new_empty(hidden.shape if settings[-1] else 0)
+
+
+def _save_hidden_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+@once_differentiable
+def _scale_rows(ctx: Any, dnll: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (dhidden,) = ctx.saved_tensors
+    wide = torch.promote_types(dhidden.dtype, torch.float32)
+    return (dhidden * dnll.to(wide)[:, None]).to(dhidden.dtype), *[None] * 6
 
 
 define(
@@ -304,7 +328,9 @@ define(
 )
 define(
     "token_losses",
-    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float softcap, float logit_scale) -> Tensor",
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float softcap, float logit_scale, bool wanted)"
+    " -> (Tensor, Tensor)",
     _compute_token_losses,
-    _token_losses_shape,
+    _token_losses_shapes,
+    (_scale_rows, _save_hidden_grad),
 )

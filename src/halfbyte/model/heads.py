@@ -119,17 +119,19 @@ def trained_loss(
 
 
 def trained_token_losses(model: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-    """The negative log-likelihood of each trained token, without gradient; arguments as for `trained_loss`.
+    """The negative log-likelihood of each trained token, with its gradient; arguments as for `trained_loss`.
 
     Returns:
         (P,) float64 in nats, in reading order of the rows.
     """
     selected, targets = _positions(labels)
-    with torch.no_grad():
-        found = _before_logits(model, inputs, selected)
-        if isinstance(found, _Hidden):
-            return token_losses(targets=targets, **_arguments(found))
-        return F.cross_entropy(found, targets, reduction="none").double()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    trained = isinstance(head, nn.Module) and any(p.requires_grad for p in head.parameters())
+    needs_logits = trained and torch.is_grad_enabled()
+    found = _logits(model, inputs, selected) if needs_logits else _before_logits(model, inputs, selected)
+    if isinstance(found, _Hidden):
+        return token_losses(targets=targets, **_arguments(found))
+    return F.cross_entropy(found, targets, reduction="none").double()
 
 
 def _positions(labels: Tensor) -> tuple[Tensor, Tensor]:
