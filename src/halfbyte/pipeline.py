@@ -37,7 +37,7 @@ from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.watch import Part, Watch
 from halfbyte.settings import Config
 from halfbyte.train.checkpoint import Checkpoint, last_good
-from halfbyte.train.loop import Plan, TrainRun, train
+from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.memory import activation_budget_bytes
 from halfbyte.train.methods import (
     ModelSize,
@@ -49,6 +49,7 @@ from halfbyte.train.methods import (
     weights_name,
 )
 from halfbyte.train.metrics import peak_rss_bytes
+from halfbyte.train.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,8 +25,9 @@ from halfbyte.settings import TrainConfig
 from halfbyte.train.checkpoint import STATE_FILE
 from halfbyte.train.display import Silent
 from halfbyte.train.interrupt import TrainInterrupted
-from halfbyte.train.loop import Plan, TrainRun, train
+from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.metrics import StepRecord
+from halfbyte.train.plan import Plan
 from halfbyte.train.step import batch_loss
 
 Build = Callable[[], PreTrainedModel]

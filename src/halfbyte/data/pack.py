@@ -76,6 +76,24 @@ class Batch:
         assert len(self.input_ids) == 1, "only documents of one row lie end to end"
         return np.append(self.documents[:, 1], self.documents[-1:, 2])
 
+    def only(self, first: int, every: int) -> Batch:
+        """The batch of some of its documents, laid out as this one is.
+
+        Args:
+            first: Number of the first of them.
+            every: Distance from one to the next.
+        """
+        documents = self.documents[first::every]
+        ids = self.ids[first::every]
+        if not self.is_packed:
+            rows = np.arange(len(documents), dtype=np.int32)
+            placed = np.concatenate([rows[:, None], documents[:, 1:]], axis=1)
+            return Batch(self.input_ids[documents[:, 0]], self.labels[documents[:, 0]], placed, ids)
+        kept = np.concatenate([np.arange(begin, end) for _, begin, end in documents])
+        ends = np.cumsum(documents[:, 2] - documents[:, 1], dtype=np.int32)
+        placed = np.stack([np.zeros_like(ends), np.append(np.int32(0), ends[:-1]), ends], axis=1)
+        return Batch(self.input_ids[:, kept], self.labels[:, kept], placed, ids)
+
 
 def pack(examples: Sequence[Example]) -> Batch:
     """Lay examples end to end in one row, in the order given; nothing is padded.

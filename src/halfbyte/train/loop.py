@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte.data.order import Order, Packed, Position, Usage, order_of, passes_in, steps
+from halfbyte.data.order import Packed, Position, Usage, steps
 from halfbyte.data.pack import collate, pack
 from halfbyte.errors import TrainError
-from halfbyte.model.heads import PLAIN, Objective
+from halfbyte.model.heads import Objective
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.train.checkpoint import (
     Checkpoint,
@@ -40,9 +40,10 @@ from halfbyte.train.optimizer import (
     set_learning_rate,
     trainable_parameters,
 )
-from halfbyte.train.schedule import learning_rate_factor, warmup_steps
+from halfbyte.train.plan import Plan, unit_lengths
+from halfbyte.train.schedule import learning_rate_factor
 from halfbyte.train.state import capture, random_state, restore
-from halfbyte.train.step import BatchLoss, RowNames, accumulate, trained_tokens
+from halfbyte.train.step import BatchLoss, RowNames, StepLoss, TokenLoss, accumulate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +66,7 @@ class TrainRun:
         display: Shows progress.
         resume: Checkpoint to go on from; None begins.
         held_out_loss: Measures the loss of held-out rows, nats per trained token; None where there are none.
+        loss: What is minimised; None means the loss of tokens, as the settings have it.
     """
 
     folder: Path
@@ -75,6 +77,7 @@ class TrainRun:
     display: Display = field(default_factory=Silent)
     resume: Checkpoint | None = None
     held_out_loss: Callable[[], float] | None = None
+    loss: StepLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -112,42 +115,6 @@ class TrainResult:
     metrics: Path
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How many steps a run has, and over which rows each of them goes.
-
-    Args:
-        order: The rows of each pass.
-        total_steps: Optimizer steps of the run.
-        warmup: Steps of rising learning rate.
-    """
-
-    order: Order
-    total_steps: int
-    warmup: int
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], config: TrainConfig, seed: int) -> Plan:
-        """The plan for rows of some lengths; `max_steps` decides where it is set, else `epochs`.
-
-        Raises:
-            ConfigError: HB102 where `batch_tokens` does not hold the longest row.
-            DataError: HB203 without rows.
-        """
-        order = order_of(lengths, config, seed)
-        total = config.max_steps
-        if total is None:
-            whole = int(config.epochs)
-            per_epoch = [
-                math.ceil(passes_in(order, epoch) / config.gradient_accumulation_steps)
-                for epoch in range(math.ceil(config.epochs))
-            ]
-            share = config.epochs - whole
-            part = math.ceil(round(share * per_epoch[-1], 6)) if share else 0  # 2.1 is not a whole 2.1
-            total = max(1, sum(per_epoch[:whole]) + part)
-        return cls(order, total, warmup_steps(total, config.warmup_ratio))
-
-
 def train(
     model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig, run: TrainRun
 ) -> TrainResult:
@@ -157,7 +124,8 @@ def train(
 
     Args:
         model: Causal language model with float32 trainable parameters.
-        examples: Tokenised rows, each with at least one trained token.
+        examples: Tokenised rows, each with at least one trained token; those that the loss judges together stand next
+            to each other.
         config: Settings of the training.
         run: Where to write, seed, display.
 
@@ -170,7 +138,7 @@ def train(
             step before saved; HB504, HB505 for what cannot be trained; HB511 for a checkpoint of another run.
         TrainInterrupted: HB503 after Ctrl-C.
     """
-    plan = Plan.of([len(e.input_ids) for e in examples], config, run.seed)
+    plan = Plan.of(unit_lengths(examples, run.loss.members if run.loss else 1), config, run.seed)
     if config.packing:
         prove_isolation(model)
     loop = _Loop(model, config, run, plan, examples)
@@ -225,7 +193,7 @@ class _Loop:
     ) -> None:
         self.model, self.config, self.run, self.plan, self.examples = model, config, run, plan, examples
         self.rows = RowNames({e.id: e.where for e in examples})
-        self.objective = Objective(config.label_smoothing, config.z_loss)
+        self.loss: StepLoss = run.loss or TokenLoss(Objective(config.label_smoothing, config.z_loss))
         self.optimizer = build_optimizer(model, config)
         self.state = TrainerState.beginning(plan.total_steps, run.seed, _digest(examples))
         torch.manual_seed(run.seed)
@@ -258,9 +226,9 @@ class _Loop:
     def steps(self) -> Iterator[_Step]:
         """The data of each optimizer step that is left, over as many epochs as it takes."""
         per_step, order, examples = self.config.gradient_accumulation_steps, self.plan.order, self.examples
-        left = self.plan.total_steps - self.done
+        each, left = self.loss.members, self.plan.total_steps - self.done
         for passes, after in itertools.islice(steps(order, per_step, self.state.position), left):
-            chosen = [[examples[i] for i in members] for members in passes]
+            chosen = [[e for i in units for e in examples[each * i : each * (i + 1)]] for units in passes]
             batches = [
                 pack(rows) if self.config.packing else collate(rows, self.run.pad_id) for rows in chosen
             ]
@@ -289,15 +257,15 @@ class _Loop:
 
     def _gradient(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> tuple[BatchLoss, float]:
         """The step's loss and clipped gradient norm, the gradient left in the parameters."""
-        divisor = trained_tokens(micro_batches, self.rows)
+        divisor = self.loss.divisor(micro_batches, self.rows)
         device = next(self.model.parameters()).device.type
         shares = []
         for batch in micro_batches:
             with torch.autocast(device, self.run.autocast) if self.run.autocast else nullcontext():
-                shares.append(accumulate(self.model, batch, divisor, self.rows, self.objective))
+                shares.append(accumulate(self.model, batch, divisor, self.rows, self.loss))
             if ctrl_c.requested:
                 self._stop()
-        loss = BatchLoss(sum(share.loss for share in shares), sum(share.objective for share in shares))
+        loss = BatchLoss.total(shares)
         norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainError(
@@ -352,7 +320,10 @@ class _Loop:
             tokens_per_s=tokens / step_s,
             seconds=self.state.seconds,
             peak_rss_bytes=peak_rss_bytes(),
-            objective=None if self.objective == PLAIN else loss.objective,
+            objective=None if self.loss == TokenLoss() or loss.rewards else loss.objective,
+            **{f"reward_{name}": value for name, value in loss.rewards._asdict().items()}
+            if loss.rewards
+            else {},
         )
 
     def measured(self, record: StepRecord) -> StepRecord:

@@ -20,7 +20,8 @@ class StepRecord:
     Args:
         step: Optimizer step, from 1.
         epoch: Passes over the data finished after this step, fractional.
-        loss: Plain cross-entropy in nats per trained token over the whole step, before its update.
+        loss: Plain cross-entropy in nats per trained token over the whole step, before its update; of a preference
+            objective its loss per pair.
         lr: Learning rate of the update.
         grad_norm: Global L2 norm of the gradient before clipping.
         trained_tokens: Tokens that carry loss in this step.
@@ -35,6 +36,9 @@ class StepRecord:
             else None.
         held_out_loss: Loss of the held-out rows after this step's update, nats per trained token; None where it was
             not measured.
+        reward_better: Mean reward of the step's better answers, of a preference objective; else None, as both next.
+        reward_worse: Mean reward of its worse answers.
+        reward_accuracy: Share of its pairs in which the better answer has the higher reward.
     """
 
     step: int
@@ -51,6 +55,9 @@ class StepRecord:
     peak_rss_bytes: int | None
     objective: float | None = None
     held_out_loss: float | None = None
+    reward_better: float | None = None
+    reward_worse: float | None = None
+    reward_accuracy: float | None = None
 
 
 class MetricsFile:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from halfbyte.errors import TrainError
 from halfbyte.model.heads import PLAIN, Objective, trained_loss
@@ -79,32 +80,111 @@ def trained_tokens(batches: Sequence[Batch], rows: RowNames) -> int:
     return count
 
 
-class BatchLoss(NamedTuple):
-    """A micro-batch's share of the step's loss, in nats per trained token.
+class Rewards(NamedTuple):
+    """What a preference objective says of a micro-batch's pairs, as its share of the step's means.
 
     Attributes:
-        loss: Plain cross-entropy.
-        objective: What was minimised; the same number where that is plain cross-entropy.
+        better: Mean reward of the better answers.
+        worse: Mean reward of the worse ones.
+        accuracy: Share of the pairs in which the better answer has the higher reward.
+    """
+
+    better: float
+    worse: float
+    accuracy: float
+
+
+class BatchLoss(NamedTuple):
+    """A micro-batch's share of the step's loss.
+
+    Attributes:
+        loss: Plain cross-entropy in nats per trained token; of a preference objective its own loss per pair.
+        objective: What was minimised; the same number where that is `loss`.
+        rewards: Of a preference objective; else None.
     """
 
     loss: float
     objective: float
+    rewards: Rewards | None = None
+
+    @classmethod
+    def total(cls, shares: Sequence[BatchLoss]) -> BatchLoss:
+        """The step's loss."""
+        rewards = [share.rewards for share in shares if share.rewards is not None]
+        return cls(
+            sum(share.loss for share in shares),
+            sum(share.objective for share in shares),
+            Rewards(*map(sum, zip(*rewards, strict=True))) if rewards else None,
+        )
+
+
+class Share(NamedTuple):
+    """A micro-batch's share of the step's loss, before its gradient is taken.
+
+    Attributes:
+        objective: Scalar, what is minimised, with its gradient.
+        loss: As in `BatchLoss`.
+        rewards: As in `BatchLoss`.
+    """
+
+    objective: Tensor
+    loss: float
+    rewards: Rewards | None = None
+
+
+class StepLoss(Protocol):
+    """What a step minimises: a sum over all its micro-batches divided by one number, however it is cut."""
+
+    @property
+    def members(self) -> int:
+        """Documents that are judged together and therefore lie in one micro-batch, next to each other."""
+
+    def divisor(self, batches: Sequence[Batch], rows: RowNames) -> int:
+        """What the whole step's sum is divided by."""
+
+    def share(self, model: PreTrainedModel, batch: Batch, divisor: int) -> Share:
+        """A micro-batch's part of the step's loss."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of every trained token, each counting the same.
+
+    Args:
+        objective: What is minimised of each.
+    """
+
+    objective: Objective = PLAIN
+
+    @property
+    def members(self) -> int:
+        """Every document stands alone."""
+        return 1
+
+    def divisor(self, batches: Sequence[Batch], rows: RowNames) -> int:
+        """Trained tokens."""
+        return trained_tokens(batches, rows)
+
+    def share(self, model: PreTrainedModel, batch: Batch, divisor: int) -> Share:
+        """The sum over the batch's trained tokens, divided."""
+        found = batch_loss(model, batch, divisor, self.objective)
+        return Share(found.objective, found.cross_entropy.item())
 
 
 def accumulate(
-    model: PreTrainedModel, batch: Batch, divisor: int, rows: RowNames, objective: Objective = PLAIN
+    model: PreTrainedModel, batch: Batch, divisor: int, rows: RowNames, loss: StepLoss | None = None
 ) -> BatchLoss:
     """Add one micro-batch's share of the step's gradient; no gradient is added if its loss is not finite.
 
-    The step's loss is the sum over all its trained tokens divided by their number, so micro-batches of
-    unequal length weigh by tokens and the result does not depend on how the step is cut.
+    The step's loss is one sum over all its micro-batches divided once, so that micro-batches of unequal length weigh
+    by what they hold and the result does not depend on how the step is cut.
 
     Args:
         model: Causal language model.
         batch: One micro-batch.
-        divisor: Trained tokens of the whole step.
+        divisor: Of the whole step, from the same loss.
         rows: How to name the rows in an error.
-        objective: What is minimised.
+        loss: What is minimised; plain cross-entropy of tokens if None.
 
     Returns:
         The batch's share of the step's loss.
@@ -112,7 +192,7 @@ def accumulate(
     Raises:
         TrainError: HB501 if the loss is not finite.
     """
-    found = batch_loss(model, batch, divisor, objective)
+    found = (loss or TokenLoss()).share(model, batch, divisor)
     value = found.objective.item()
     if not math.isfinite(value):
         raise TrainError(
@@ -122,4 +202,4 @@ def accumulate(
             fix="lower train.learning_rate, or look at these rows with halfbyte data show",
         )
     found.objective.backward()  # type: ignore[no-untyped-call]
-    return BatchLoss(found.cross_entropy.item(), value)
+    return BatchLoss(found.loss, value, found.rewards)
