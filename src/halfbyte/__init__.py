@@ -5,6 +5,8 @@ It owns the small public surface and imports nothing heavy; every name is loaded
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,12 @@ _HOMES = {
     "run": "halfbyte.pipeline",
     "save_adapter": "halfbyte.model.public",
 }
+
+# Turns that a thread of libgomp spins before it sleeps, read when torch loads it. By default a thread that waits for
+# another keeps, for milliseconds, the very processor that the other needs where programs share the machine.
+SPIN_VARIABLE, SPINS = "GOMP_SPINCOUNT", "2000"
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault(SPIN_VARIABLE, SPINS)
 
 
 def __getattr__(name: str) -> object:

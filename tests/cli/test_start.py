@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -57,3 +58,24 @@ def test_help_answers_at_once() -> None:
 
 def test_the_version_is_the_packages() -> None:
     assert _python("-m", "halfbyte", "--version").stdout == f"halfbyte {halfbyte.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [
+        ("", {}, "2000"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("import torch; ", {}, "None"),  # read already: a value set now would be a lie
+    ],
+)
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(
+    before: str, given: dict[str, str], expected: str
+) -> None:
+    code = f"{before}import halfbyte, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
