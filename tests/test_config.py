@@ -244,3 +244,25 @@ def test_settings_cannot_be_changed_later(tmp_path: Path) -> None:
 def test_nearest_name_finds_slips_and_nothing_else() -> None:
     assert nearest_name("lerning_rate", ["epochs", "learning_rate"]) == "learning_rate"
     assert nearest_name("zzz", ["epochs", "learning_rate"]) is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("[1]", "as many as data.train names: 2"),
+        ("[1, 2, 3]", "as many as data.train names: 2"),
+        ("[]", "as many as data.train names: 2"),
+        ("[1, 0]", "greater than 0"),
+        ("[1, -1]", "greater than 0"),
+        ("[1, .inf]", "a finite number"),
+        ("2", "a valid list"),
+    ],
+)
+def test_weights_are_one_for_each_source_and_greater_than_0(tmp_path: Path, weights: str, said: str) -> None:
+    overrides = ["data.train=[a.jsonl, b]", f"data.weights={weights}"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, LEAST), overrides)
+    assert caught.value.code == "HB102"
+    assert said in str(caught.value)
+    config = load_config(write(tmp_path, LEAST), [overrides[0], "data.weights=[0.5, 2]"])
+    assert config.data.weights == [0.5, 2.0]

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,40 @@ def test_evaluation_rows_among_training_rows_stop_the_run(make: Make, tmp_path: 
     (tmp_path / "eval.jsonl").write_text(_rows(1), encoding="utf-8")
     with pytest.raises(DataError, match="HB205"):
         run(make(f"data.eval={tmp_path / 'eval.jsonl'}"))
+
+
+def test_skipped_rows_are_listed_and_counted(make: Make) -> None:
+    bad = '{"prompt": "a"}\n{"prompt": "a", "completion": " "}\n'
+    watched = io.StringIO()
+    config = make("data.skip_bad_rows=2", "evaluate.exact_match=false", rows=_rows(32) + bad)
+    result = run(config, watch=Watch(Console(file=watched, width=200)))
+    listed = _lines(result.folder / "bad_rows.jsonl")
+    assert [(fault["file"], fault["line"]) for fault in listed] == [
+        (config.data.train[0], n) for n in (33, 34)
+    ]
+    assert listed[1]["reason"] == "the answer is blank (message 2)"
+    assert result.summary.setting.skipped_rows == 2
+    assert result.summary.setting.train_rows + result.summary.setting.held_out_rows == 32
+    assert "2 bad rows skipped" in watched.getvalue()
+    with pytest.raises(DataError, match="HB204"):
+        run(make("data.skip_bad_rows=1", rows=_rows(32) + bad), overwrite=True)
+
+
+def test_weights_change_what_is_trained_on_and_never_what_is_held_out(make: Make, tmp_path: Path) -> None:
+    other = tmp_path / "folder" / "other.txt"
+    other.parent.mkdir()
+    other.write_text("".join(f"A {a} met a {b}.\n" for a in ANIMALS for b in ANIMALS), encoding="utf-8")
+    config = make(f"data.train=[{tmp_path / 'rows.jsonl'}, {other.parent}]")
+    plain = pipeline.prepare(config)
+    weighed = pipeline.prepare(
+        config.model_copy(update={"data": config.data.model_copy(update={"weights": [3.0, 0.5]})})
+    )
+    assert [e.id for e in weighed.held_out.examples] == [e.id for e in plain.held_out.examples]
+    before, after = (Counter(e.where for e in rows.train.examples) for rows in (plain, weighed))
+    assert all(after[where] == 3 for where in before if "rows.jsonl" in where)
+    of_other = [where for where in before if "other.txt" in where]
+    assert sum(after[where] for where in of_other) == round(len(of_other) / 2)
+    assert not {e.id for e in weighed.train.examples} & {e.id for e in weighed.held_out.examples}
 
 
 def test_a_separate_evaluation_file_is_measured_whole(make: Make, tmp_path: Path) -> None:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte import __version__
 from halfbyte.config import load_config, refuse_other_settings
-from halfbyte.data.check import DataReport, check_overlap, check_rows, split_rows
+from halfbyte.data.check import CheckedDataset, DataReport, check_overlap, check_rows, split_rows
+from halfbyte.data.containers import row_files
+from halfbyte.data.faults import Reading
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
 from halfbyte.data.tokenise import Tokenised, load_tokenizer, padding_id, tokenise_rows
+from halfbyte.data.weigh import file_weights, weigh_rows
 from halfbyte.errors import ConfigError, EvaluateError
 from halfbyte.evaluate.measure import Measurement, Subject, measure
 from halfbyte.evaluate.perplexity import held_out_loss
@@ -35,7 +38,7 @@ from halfbyte.model.skeleton import build_skeleton
 from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.watch import Part, Watch
-from halfbyte.settings import Config
+from halfbyte.settings import Config, DataConfig
 from halfbyte.train.checkpoint import Checkpoint, last_good
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.memory import activation_budget_bytes
@@ -62,6 +65,7 @@ class Prepared:
     Attributes:
         tokenizer: The base model's.
         template: Chat format in use.
+        reading: Formats of the files, and the faulty rows that were skipped.
         report: What was counted in the files for training, held-out rows included.
         train: Rows to train on.
         held_out: Rows to measure on, none of them trained on; may be empty.
@@ -69,6 +73,7 @@ class Prepared:
 
     tokenizer: PreTrainedTokenizerBase
     template: str
+    reading: Reading
     report: DataReport
     train: Tokenised
     held_out: Tokenised
@@ -94,6 +99,8 @@ class Prepared:
     def described(self) -> str:
         """The counts in a few words."""
         facts = [f"{len(self.train.examples):,} to train on, {len(self.held_out.examples):,} held out"]
+        if self.reading.skipped:
+            facts.append(f"{len(self.reading.skipped):,} bad rows skipped")
         if self.truncated:
             facts.append(f"{self.truncated:,} cut at max_length")
         if self.report.duplicates:
@@ -148,7 +155,7 @@ def run(
     with _phase("prepare rows", folder, watch) as part:
         rows = prepare(config)
         part.say(rows.described())
-    _warn(rows, watch)
+    _note_oddities(rows, folder, watch)
     with _phase("load model", folder, watch) as part:
         model = load_base(config, part.progress)
         folder.write_manifest(_manifest(config, rows), same=checkpoint is not None)
@@ -192,23 +199,32 @@ def prepare(config: Config) -> Prepared:
     """Read, check, split, render and tokenise the rows; the model itself is not needed.
 
     Raises:
-        DataError: HB201 to HB211, each naming every faulty row.
+        DataError: HB201 to HB217, each naming every faulty row.
     """
-    renderer = Renderer(load_tokenizer(config.model), config.data.template)
-    checked = check_rows(read_rows(config.data.train, config.data.format))
-    if config.data.eval:
-        train_rows = list(checked.rows)
-        held_out_rows = list(check_rows(read_rows(config.data.eval, config.data.format)).rows)
+    data = config.data
+    renderer = Renderer(load_tokenizer(config.model), data.template)
+    reading = Reading(data.skip_bad_rows)
+    checked = _checked(data.train, data, reading)
+    if data.eval:
+        train_rows, held_out_rows = list(checked.rows), list(_checked(data.eval, data, reading).rows)
         check_overlap(train_rows, held_out_rows)
     else:
-        train_rows, held_out_rows = split_rows(checked.rows, config.data.eval_fraction, config.seed)
+        train_rows, held_out_rows = split_rows(checked.rows, data.eval_fraction, config.seed)
+    if data.weights is not None:
+        train_rows = weigh_rows(train_rows, file_weights(data.train, data.weights), config.seed)
     return Prepared(
         renderer.tokenizer,
         renderer.template,
+        reading,
         checked.report,
         tokenise_rows(train_rows, renderer, config.data.max_length),
         tokenise_rows(held_out_rows, renderer, config.data.max_length),
     )
+
+
+def _checked(paths: list[str], data: DataConfig, reading: Reading) -> CheckedDataset:
+    """The rows of some files that can be trained on."""
+    return check_rows(read_rows(paths, data.format, reading), reading=reading)
 
 
 def rehearse(config: Config, overwrite: bool = False) -> tuple[Prepared, Plan]:
@@ -246,10 +262,13 @@ def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None
     watch = watch or Watch()
     with watch.part("prepare rows") as part:
         renderer = Renderer(load_tokenizer(config.model), config.data.template)
-        checked = check_rows(read_rows(config.data.eval or config.data.train, config.data.format))
+        reading = Reading(config.data.skip_bad_rows)
+        checked = _checked(config.data.eval or config.data.train, config.data, reading)
         rows = tokenise_rows(checked.rows, renderer, config.data.max_length)
         part.say(f"{len(rows.examples):,} rows, {rows.truncated:,} cut at max_length")
         part.say(f"template {renderer.template}")
+    for fault in reading.skipped:
+        watch.note(f"Skipped {fault}")
     with watch.part("load model") as part:
         model = load_base(config, part.progress)
         Limits.of(model).check(rows.examples)
@@ -344,8 +363,10 @@ def _held_out_loss(subject: Subject, rows: Tokenised, config: Config) -> Callabl
     return None
 
 
-def _warn(rows: Prepared, watch: Watch) -> None:
-    """Say what would make a low loss mislead."""
+def _note_oddities(rows: Prepared, folder: RunFolder, watch: Watch) -> None:
+    """Write down which rows were skipped, and say what would make a low loss mislead."""
+    if rows.reading.skipped:
+        folder.write_text("bad_rows.jsonl", rows.reading.as_json_lines())
     if rows.misaligned:
         watch.note(
             f"In {rows.misaligned:,} rows a token straddles the border of prompt and answer: the model never "
@@ -356,7 +377,7 @@ def _warn(rows: Prepared, watch: Watch) -> None:
 
 def _manifest(config: Config, rows: Prepared) -> dict[str, Any]:
     """What the run is made from."""
-    files = [Path(file) for file in (*config.data.train, *(config.data.eval or ()))]
+    files = row_files([*config.data.train, *(config.data.eval or ())])
     facts = {
         "method": config.method,
         "template": rows.template,
@@ -390,4 +411,5 @@ def _setting(config: Config, rows: Prepared, size: ModelSize) -> Setting:
         held_out_rows=len(rows.held_out.examples),
         truncated_rows=rows.truncated,
         misaligned_rows=rows.misaligned,
+        skipped_rows=len(rows.reading.skipped),
     )

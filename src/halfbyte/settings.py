@@ -14,7 +14,17 @@ from pydantic_core import PydanticCustomError
 
 Method = Literal["full", "lora", "qlora"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DataFormat = Literal["auto", "messages", "prompt_completion", "text", "alpaca"]
+DataFormat = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "text",
+    "preference",
+    "kto",
+    "classification",
+]
 TemplateName = Literal["auto", "tokenizer", "chatml", "plain"]
 Schedule = Literal["constant", "linear", "cosine"]
 SEED_LIMIT = 2**32
@@ -63,17 +73,29 @@ class DataConfig(_Section):
     """The rows to learn from."""
 
     train: Paths
-    """A .jsonl or .json file or a list of them; in a settings file relative to that file's folder."""
+    """File of rows (.jsonl, .json, .csv, .tsv, .parquet, .txt), folder of such, or a list; relative to the recipe."""
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
+    """One per entry of `train`: 2 gives each row twice, 0.5 half of the rows, chosen by content and seed; null: 1."""
     eval: Paths | None = None
     """Held-out file or files; null: a share of the training rows is held out."""
     eval_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the distinct training rows held out where `eval` is null; 0: none."""
     format: DataFormat = "auto"
     """Columns of the files: auto looks at each file's first row."""
+    skip_bad_rows: int = Field(0, ge=0)
+    """Faulty rows that are left out, counted and listed in bad_rows.jsonl; one more is an error."""
     max_length: int = Field(512, ge=2)
     """Tokens per row; what is longer is cut at the end, and counted."""
     template: TemplateName = "auto"
     """Chat format: auto takes the tokenizer's own, else chatml where its tokens exist, else plain."""
+
+    @field_validator("weights")
+    @classmethod
+    def _one_each(cls, weights: list[float] | None, others: ValidationInfo) -> list[float] | None:
+        files = others.data.get("train")
+        if weights is not None and files is not None and len(weights) != len(files):
+            raise PydanticCustomError("length", "as many as data.train names: {files}", {"files": len(files)})
+        return weights
 
 
 class TrainConfig(_Section):

@@ -79,6 +79,21 @@ def test_a_dry_run_counts_and_writes_nothing(call: Call, recipe: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("verb", ["run", "train"])
+def test_bad_rows_are_skipped_up_to_the_number_given(call: Call, recipe: Path, rows: Path, verb: str) -> None:
+    rows.write_text(rows.read_text(encoding="utf-8") + "{broken\n", encoding="utf-8")
+    assert call(verb, recipe, "--dry-run").exit_code == 2
+    result = call(verb, recipe, "--dry-run", "--json", "--skip-bad-rows", 1)
+    assert json.loads(result.stdout)["skipped_rows"] == 1
+    rows.write_text(rows.read_text(encoding="utf-8").replace("{broken\n", ""), encoding="utf-8")
+    with_default = recipe.read_text(encoding="utf-8").replace(
+        "eval_fraction", "skip_bad_rows: 1, eval_fraction"
+    )
+    recipe.write_text(with_default, encoding="utf-8")
+    rows.write_text(rows.read_text(encoding="utf-8") + "{broken\n", encoding="utf-8")
+    assert call(verb, recipe, "--dry-run", "--skip-bad-rows", 0).exit_code == 2
+
+
 def test_an_earlier_run_is_refused_and_overwritten_on_request(call: Call, recipe: Path) -> None:
     assert call("train", recipe).exit_code == 0
     for more in ((), ("--dry-run",)):

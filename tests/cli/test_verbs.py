@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,6 +79,53 @@ def test_data_check_counts_and_names_bad_lines(call: Call, rows: Path) -> None:
     assert refused.exit_code == 2
     assert f"{rows}:17" in refused.stderr
     assert f"{rows}:18" in refused.stderr
+
+
+def test_data_check_says_what_each_file_is_read_as(
+    call: Call, rows: Path, tmp_path: Path, model: Path
+) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("prompt,chosen,rejected\na,b,c\n", encoding="utf-8")
+    shown = call("data", "check", pairs).stdout
+    assert f"{pairs}: preference" in shown
+    assert re.search(r"^objective +preference$", shown, re.MULTILINE)
+    facts = json.loads(call("data", "check", rows, "--json").stdout)
+    assert facts["formats"] == {str(rows): "prompt_completion"}
+    assert facts["objective"] == "sft"
+    for refused in (
+        call("data", "check", rows, pairs),
+        call("data", "check", pairs, "--model", model),
+        call("data", "show", pairs, "--model", model),
+        call("eval", model, pairs),
+    ):
+        assert refused.exit_code == 2
+        assert "HB216" in refused.stderr
+    assert call("data", "check", pairs, "--format", "kto").exit_code == 2
+
+
+def test_bad_rows_are_skipped_by_every_verb_that_reads_rows(
+    call: Call, rows: Path, model: Path, tmp_path: Path
+) -> None:
+    rows.write_text(rows.read_text(encoding="utf-8") + "{broken\n[]\n", encoding="utf-8")
+    shown = call("data", "check", rows, "--skip-bad-rows", 2).stdout
+    assert re.search(r"^rows +16$", shown, re.MULTILINE)
+    assert re.search(rf"^skipped +2\n +{rows}:17: not JSON", shown, re.MULTILINE)
+    facts = json.loads(call("data", "check", rows, "--skip-bad-rows", 2, "--json").stdout)
+    assert [fault["line"] for fault in facts["skipped"]] == [17, 18]
+    assert call("data", "show", rows, "--model", model, "--skip-bad-rows", 2).exit_code == 0
+    measured = call(
+        "eval", model, rows, "--skip-bad-rows", 2, "--set", "evaluate.exact_match=false", "--output", tmp_path
+    )
+    assert measured.exit_code == 0
+    assert f"{rows}:18" in measured.stderr.replace("\n", "")
+    for arguments in (
+        ("data", "check", rows),
+        ("data", "show", rows, "--model", model),
+        ("eval", model, rows),
+    ):
+        refused = call(*arguments, "--skip-bad-rows", 1)
+        assert refused.exit_code == 2
+        assert "1 may be skipped in all" in refused.stderr
 
 
 def test_data_check_with_a_model_counts_tokens_and_fills_passes(call: Call, rows: Path, model: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.read import Message, Row
+from halfbyte.data.row import Message, Row
 from halfbyte.data.tokenise import load_tokenizer
 
 CHATML_TEMPLATE = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from halfbyte.data.check import Lengths, check_overlap, check_rows, split_rows
-from halfbyte.data.read import Message, Row
+from halfbyte.data.faults import Fault, Reading
+from halfbyte.data.row import Message, Row
 from halfbyte.errors import DataError
 
 
@@ -46,6 +48,60 @@ def test_all_rows_nothing_can_be_learnt_from_are_named(chat: Callable[..., Row])
         assert reason in said
 
 
+def test_rows_for_another_objective_are_named_with_theirs(chat: Callable[..., Row]) -> None:
+    pair = replace(chat("a", "b", line=2), rejected=chat("a", "c").messages)
+    verdict = replace(chat("a", "b", line=3), label=True)
+    classified = replace(text("a", 4), label=0)
+    with pytest.raises(DataError) as caught:
+        check_rows([chat("a", "b"), pair, verdict, classified], reading=Reading(allowed=9))
+    assert caught.value.code == "HB216"
+    said = str(caught.value)
+    assert "3 of 4 rows are not for sft" in said
+    for reason in ("2: a preference row", "3: a kto row", "4: a classification row"):
+        assert f"rows.jsonl:{reason}" in said
+    for row in (pair, verdict, classified):
+        assert check_rows([row], row.objective).rows == (row,)
+    with pytest.raises(DataError, match="1 of 1 rows are not for kto"):
+        check_rows([pair], "kto")
+
+
+def test_pairs_and_classified_texts_nothing_can_be_learnt_from_are_named(chat: Callable[..., Row]) -> None:
+    good = chat("a", "b")
+    pairs = [
+        replace(good, line=1, rejected=good.messages),
+        replace(good, line=2, rejected=chat("a", " ").messages),
+        replace(good, line=3, rejected=chat("a").messages),
+    ]
+    with pytest.raises(DataError) as caught:
+        check_rows(pairs, "preference")
+    for reason in (
+        "rows.jsonl:1: the chosen and the rejected answer are the same",
+        "rows.jsonl:2: rejected: the answer is blank (message 2)",
+        "rows.jsonl:3: rejected: no message is from the assistant",
+    ):
+        assert reason in str(caught.value)
+    with pytest.raises(DataError, match="rows.jsonl:1: the text is blank"):
+        check_rows([replace(text("a"), text_pair=" ", label=1)], "classification")
+
+
+def test_as_many_bad_rows_as_allowed_are_skipped_and_one_more_is_an_error(chat: Callable[..., Row]) -> None:
+    rows = [chat("a", "b"), chat("a", "", line=2), text(" ", 3), text("c", 4)]
+    reading = Reading(allowed=3, skipped=[Fault("rows.jsonl", 9, "not JSON")])
+    dataset = check_rows(rows, reading=reading)
+    assert dataset.rows == (rows[0], rows[3])
+    assert dataset.report.rows == 2
+    assert [fault.line for fault in reading.skipped] == [9, 2, 3]
+    with pytest.raises(DataError) as caught:
+        check_rows(rows, reading=Reading(allowed=2, skipped=[Fault("rows.jsonl", 9, "not JSON")]))
+    assert caught.value.code == "HB204"
+    said = str(caught.value)
+    assert "2 of 4 rows; 2 may be skipped in all" in said
+    for reason in ("9: not JSON", "2: the answer is blank", "3: the text is blank"):
+        assert f"rows.jsonl:{reason}" in said
+    with pytest.raises(DataError, match="HB203"):
+        check_rows([text(" ")], reading=Reading(allowed=1))
+
+
 def test_the_report_counts_rows_duplicates_roles_and_lengths(chat: Callable[..., Row]) -> None:
     rows = [chat("ab", "cd"), chat("ab", "cd"), chat("", "x", system="abc"), text("0123456789")]
     dataset = check_rows(rows)
@@ -54,7 +110,12 @@ def test_the_report_counts_rows_duplicates_roles_and_lengths(chat: Callable[...,
     assert (report.rows, report.duplicates, report.empty_prompts) == (4, 1, 1)
     assert report.styles == {"chat": 3, "text": 1}
     assert report.roles == {"user": 3, "assistant": 3, "system": 1}
+    assert report.labels == {}
     assert report.characters == Lengths(4, 4, 10, 10)
+    judged = [replace(row, label=label) for row, label in zip(rows[:3], (True, True, False), strict=True)]
+    assert check_rows(judged, "kto").report.labels == {"True": 2, "False": 1}
+    pair = replace(chat("ab", "cd"), rejected=chat("ab", "efg").messages)
+    assert check_rows([pair], "preference").report.characters.longest == 9
 
 
 def test_the_held_out_share_is_exact_and_in_order() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.data.read import Message, Row, read_rows
+from halfbyte.data.faults import Reading
+from halfbyte.data.read import read_rows
+from halfbyte.data.row import Message, Row
 from halfbyte.errors import DataError
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}'
@@ -200,11 +202,9 @@ def test_columns_that_fit_two_formats_must_be_told_apart(tmp_path: Path) -> None
 
 
 def test_columns_that_fit_no_format_are_named_beside_those_that_would(tmp_path: Path) -> None:
-    said = fault(write(tmp_path, b'{"question": "a"}', b'{"conversations": []}', b"{}"))
-    assert (
-        "columns 'question' fit no format (messages: messages; prompt_completion: prompt, completion;" in said
-    )
-    assert "rename to messages" in said
+    said = fault(write(tmp_path, b'{"question": "a"}', b"{}"))
+    assert "columns 'question' fit no format (messages: messages; sharegpt: conversations;" in said
+    assert "preference: prompt, chosen, rejected; kto: prompt, completion, label;" in said
     assert "columns none fit no format" in said
 
 
@@ -215,9 +215,13 @@ def test_a_named_format_is_required_of_every_row(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        read_rows([tmp_path / "none.jsonl", tmp_path, write(tmp_path, b"a,b", name="rows.csv")])
+        read_rows([tmp_path / "none.jsonl", tmp_path, write(tmp_path, b"a,b", name="rows.xls")])
     assert caught.value.code == "HB201"
-    for reason in ("none.jsonl: does not exist", "is not a file", "ends in '.csv', expected .jsonl or .json"):
+    for reason in (
+        "none.jsonl: does not exist",
+        "is a folder without a file of rows, expected .jsonl, .json, .csv, .tsv, .parquet or .txt",
+        "ends in '.xls', expected .jsonl, .json, .csv, .tsv, .parquet or .txt",
+    ):
         assert reason in str(caught.value)
     with pytest.raises(DataError, match="no file is named"):
         read_rows([])
@@ -235,3 +239,39 @@ def test_the_id_is_the_words_alone() -> None:
         Row(None, '[["user","a"],["assistant","b"]]', "a", 1, "text"),
     ]
     assert len({row.id, *(other.id for other in others)}) == 5
+
+
+def test_as_many_bad_lines_as_allowed_are_skipped_and_one_more_is_an_error(tmp_path: Path) -> None:
+    a = write(tmp_path, GOOD, b"", b"x", GOOD, name="a.jsonl")
+    b = write(tmp_path, GOOD, b'{"prompt": 1, "completion": "a"}', name="b.jsonl")
+    reading = Reading(allowed=3)
+    assert [(row.source, row.line) for row in read_rows([a, b], reading=reading)] == [
+        (str(a), 1),
+        (str(a), 4),
+        (str(b), 1),
+    ]
+    listed = [json.loads(line) for line in reading.as_json_lines().splitlines()]
+    assert [(fault["file"], fault["line"]) for fault in listed] == [(str(a), 2), (str(a), 3), (str(b), 2)]
+    assert listed[2]["reason"] == "column 'prompt': got a number, expected text"
+    with pytest.raises(DataError) as caught:
+        read_rows([a, b], reading=Reading(allowed=2))
+    assert caught.value.code == "HB202"
+    said = str(caught.value)
+    assert "3 bad line(s); 2 may be skipped in all" in said
+    assert all(where in said for where in ("a.jsonl:2:", "a.jsonl:3:", "b.jsonl:2:"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", b"[" + GOOD + b", " + GOOD[:-3]),
+        ("a.json", b"[]"),
+        ("a.jsonl", b""),
+        ("a.csv", b'prompt,completion\na,b\n"c,d\ne,f\n'),
+        ("a.csv", b"question,answer\na,b\n"),
+    ],
+)
+def test_what_may_hide_rows_behind_it_is_never_skipped(tmp_path: Path, name: str, content: bytes) -> None:
+    file = write(tmp_path, content, name=name)
+    with pytest.raises(DataError, match="HB202"):
+        read_rows(file, reading=Reading(allowed=100))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.read import Message, Row
 from halfbyte.data.render import Rendered, Renderer, render_rows
+from halfbyte.data.row import Message, Row
 from halfbyte.errors import DataError
 
 Make = Callable[..., Row]

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from halfbyte.data.read import Row, read_rows
+from halfbyte.data.read import read_rows
 from halfbyte.data.render import Rendered, Renderer
+from halfbyte.data.row import Row
 from halfbyte.data.tokenise import (
     ROWS_AT_ONCE,
     Example,

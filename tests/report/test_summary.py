@@ -71,7 +71,7 @@ def test_samples_are_the_first_rows_whatever_was_answered() -> None:
 def test_unknown_ends_are_null_in_json(tmp_path: Path) -> None:
     single = Measurement(_loss([2.0]), None)  # one item says nothing about its spread
     summary = Summary(
-        setting=Setting("m", "lora", "plain", "float32", None, 1, 2, 8, 3, 1, 0, 0),
+        setting=Setting("m", "lora", "plain", "float32", None, 1, 2, 8, 3, 1, 0, 0, 0),
         changes=compare(single, single, resamples=200),
         samples=(),
         training=TrainResult(

@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli.consoles import STDOUT, print_json
-from halfbyte.cli.recipe import Json, Set
+from halfbyte.cli.recipe import Json, Set, SkipBadRows
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from halfbyte.data.check import DataReport, Lengths
+    from halfbyte.data.faults import Reading
     from halfbyte.data.order import Usage
-    from halfbyte.data.read import Row
+    from halfbyte.data.row import Row
     from halfbyte.data.tokenise import Example
     from halfbyte.settings import Config
 
 CHECK_EXAMPLES = (
     "[bold]Examples[/]\n\n"
     "halfbyte data check rows.jsonl\n\n"
-    "halfbyte data check a.jsonl b.json --json\n\n"
+    "halfbyte data check a.parquet b.csv folder --json\n\n"
     "halfbyte data check rows.jsonl --model models/base --set data.max_length=1024"
 )
 SHOW_EXAMPLES = (
@@ -40,9 +41,10 @@ SHOW_EXAMPLES = (
 
 app = typer.Typer(help="Check rows, and look at them.", no_args_is_help=True, rich_markup_mode="rich")
 
-Files = Annotated[list[str], typer.Argument(metavar="FILES...", help="Files of rows, .jsonl or .json.")]
+Files = Annotated[list[str], typer.Argument(metavar="FILES...", help="Files or folders of rows.")]
 Format = Annotated[
-    str, typer.Option("--format", help="auto, messages, prompt_completion, text or alpaca.", metavar="NAME")
+    str,
+    typer.Option("--format", help="Columns of the rows; auto looks at each file.", metavar="NAME"),
 ]
 
 
@@ -53,21 +55,31 @@ def check(
     model: Annotated[
         str | None, typer.Option("--model", help="Model folder: counts tokens, and how full passes are.")
     ] = None,
+    skip_bad_rows: SkipBadRows = None,
     settings: Set = None,
     format: Format = "auto",  # noqa: A002
     as_json: Json = False,
 ) -> None:
     """Read every row, name every bad line, and count what is there."""
     from halfbyte.data.check import check_rows
+    from halfbyte.data.faults import Reading
     from halfbyte.data.read import read_rows
 
-    config = _settings(files, format, settings, model)
-    checked = check_rows(read_rows(files, config.data.format))
+    config = _settings(files, format, [*(settings or ()), *_skip(skip_bad_rows)], model)
+    reading = Reading(config.data.skip_bad_rows)
+    rows = read_rows(config.data.train, config.data.format, reading)
+    objective = rows[0].objective if rows and model is None else "sft"
+    checked = check_rows(rows, objective, reading)
     tokens = _count_tokens(checked.rows, config) if model is not None else None
     if as_json:
-        print_json(asdict(checked.report) | ({"tokens": asdict(tokens)} if tokens else {}))
+        read = {
+            "objective": objective,
+            "formats": reading.formats,
+            "skipped": list(map(asdict, reading.skipped)),
+        }
+        print_json(read | asdict(checked.report) | ({"tokens": asdict(tokens)} if tokens else {}))
     else:
-        _print_report(checked.report, tokens)
+        _print_report(checked.report, tokens, {"objective": objective} | _described(reading))
 
 
 @app.command("show", epilog=SHOW_EXAMPLES)
@@ -78,22 +90,29 @@ def show(
     count: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 3,
     template: Annotated[str, typer.Option("--template", help="auto, tokenizer, chatml or plain.")] = "auto",
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens to keep of each row.")] = 512,
+    skip_bad_rows: SkipBadRows = None,
     format: Format = "auto",  # noqa: A002
 ) -> None:
     """Show rows as the model sees them; trained tokens in colour, or in ⟦brackets⟧ without colour."""
     from halfbyte.data.check import check_rows
+    from halfbyte.data.faults import Reading
     from halfbyte.data.read import read_rows
     from halfbyte.data.render import Renderer
     from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
 
-    wanted = [f"data.template={json.dumps(template)}", f"data.max_length={max_length}"]
+    wanted = [f"data.template={json.dumps(template)}", f"data.max_length={max_length}", *_skip(skip_bad_rows)]
     settings = _settings(files, format, wanted).data
     renderer = Renderer(load_tokenizer(model), settings.template)
-    rows = check_rows(read_rows(files, settings.format)).rows
+    reading = Reading(settings.skip_bad_rows)
+    rows = check_rows(read_rows(settings.train, settings.format, reading), reading=reading).rows
     tokenised = tokenise_rows(rows[:count], renderer, settings.max_length)
     STDOUT.print(f"template {renderer.template}, {len(rows):,} rows\n", highlight=False)
     for example in tokenised.examples:
         _print_example(example, renderer.tokenizer, STDOUT)
+
+
+def _skip(rows: int | None) -> list[str]:
+    return [] if rows is None else [f"data.skip_bad_rows={rows}"]
 
 
 def _settings(
@@ -135,20 +154,38 @@ def _count_tokens(rows: Sequence[Row], config: Config) -> Tokens:
     return Tokens(Lengths.of(lengths), tokenised.truncated, usage)
 
 
-def _print_report(report: DataReport, tokens: Tokens | None) -> None:
+def _described(reading: Reading) -> dict[str, str]:
+    """What each file was read as, and which rows were skipped; a line for each."""
+    files = [f"{file}: {name}" for file, name in reading.formats.items()]
+    skipped = [f"{len(reading.skipped):,}", *map(str, reading.skipped)] if reading.skipped else []
+    return {name: "\n".join(lines) for name, lines in (("format", files), ("skipped", skipped)) if lines}
+
+
+def _print_report(report: DataReport, tokens: Tokens | None, read: dict[str, str]) -> None:
+    from rich.text import Text
+
     lines = {
+        **read,
         "rows": f"{report.rows:,}",
         "duplicates": f"{report.duplicates:,}",
         "empty prompts": f"{report.empty_prompts:,}",
         "styles": ", ".join(f"{style} {n:,}" for style, n in report.styles.items()),
         "turns": ", ".join(f"{role} {n:,}" for role, n in report.roles.items()) or "none",
+        **(
+            {"labels": ", ".join(f"{label} {n:,}" for label, n in report.labels.items())}
+            if report.labels
+            else {}
+        ),
         "characters": _spread(report.characters),
     }
     if tokens is not None:
         cut = f"; {tokens.cut:,} rows cut at max_length" if tokens.cut else ""
         lines |= {"tokens": _spread(tokens.lengths) + cut, "passes": tokens.passes.described()}
     for name, text in lines.items():
-        STDOUT.print(f"[bold]{name:<14}[/] {text}", highlight=False)
+        first, *rest = text.split("\n")
+        STDOUT.print(Text.assemble((f"{name:<14}", "bold"), f" {first}"), soft_wrap=True)
+        for line in rest:
+            STDOUT.print(Text(f"{'':<14} {line}"), soft_wrap=True)
 
 
 def _spread(lengths: Lengths) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfbyte.cli.consoles import STDERR, STDOUT, print_json
-from halfbyte.cli.recipe import Json, Set
+from halfbyte.cli.recipe import Json, Set, SkipBadRows
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.measure import Measurement
@@ -26,7 +26,9 @@ EXAMPLES = (
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of the model.")],
-    rows: Annotated[list[str], typer.Argument(metavar="ROWS...", help="Files of rows to measure on.")],
+    rows: Annotated[
+        list[str], typer.Argument(metavar="ROWS...", help="Files or folders of rows to measure on.")
+    ],
     *,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="LoRA adapter to put on top.")] = None,
     quantization: Annotated[
@@ -35,6 +37,7 @@ def evaluate(
     output: Annotated[Path, typer.Option("--output", help="Folder that gets one line per row.")] = Path(
         "eval"
     ),
+    skip_bad_rows: SkipBadRows = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +49,7 @@ def evaluate(
     base: dict[str, Any] = {
         "model": model,
         "method": "qlora" if quantization else "lora",
-        "data": {"train": rows, "eval": rows},
+        "data": {"train": rows, "eval": rows, "skip_bad_rows": skip_bad_rows or 0},
     }
     if quantization:
         base["quantization"] = {"format": quantization}

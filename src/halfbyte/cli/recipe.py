@@ -27,7 +27,10 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.learning_rate=1e-4."),
 ]
 Model = Annotated[str | None, typer.Option("--model", help="Folder of the base model.")]
-Data = Annotated[list[str] | None, typer.Option("--data", help="File of rows to train on; repeat for more.")]
+Data = Annotated[list[str] | None, typer.Option("--data", help="File or folder of rows; repeat for more.")]
+SkipBadRows = Annotated[
+    int | None, typer.Option("--skip-bad-rows", metavar="N", help="Leave out up to this many faulty rows.")
+]
 Method = Annotated[str | None, typer.Option("--method", help="full, lora or qlora.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder that gets all the run leaves.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
@@ -46,6 +49,7 @@ class Flags:
     data: Sequence[str] | None
     method: str | None
     output_dir: str | None
+    skip_bad_rows: int | None
 
     def as_overrides(self) -> list[str]:
         """As settings; JSON strings are YAML, so that no path is read as anything but text."""
@@ -54,8 +58,9 @@ class Flags:
             "data.train": self.data,
             "method": self.method,
             "output_dir": self.output_dir,
+            "data.skip_bad_rows": self.skip_bad_rows,
         }
-        return [f"{name}={json.dumps(value)}" for name, value in named.items() if value]
+        return [f"{name}={json.dumps(value)}" for name, value in named.items() if value not in (None, "", [])]
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def _rehearse(config: Config, wishes: Wishes) -> None:
         "truncated_rows": rows.truncated,
         "misaligned_rows": rows.misaligned,
         "duplicate_rows": rows.report.duplicates,
+        "skipped_rows": len(rows.reading.skipped),
         "steps": plan.total_steps,
         "first_epoch": asdict(usage) if wishes.as_json else usage.described(),
     }

@@ -80,6 +80,7 @@ def _heading(summary: Summary) -> Text:
     s = summary.setting
     share = s.trainable_parameters / s.parameters
     cut = f", {s.truncated_rows:,} of them cut at max_length" if s.truncated_rows else ""
+    skipped = f"\n{s.skipped_rows:,} bad rows skipped, listed in bad_rows.jsonl" if s.skipped_rows else ""
     straddle = (
         f"\n{s.misaligned_rows:,} rows have a token that straddles the border of prompt and answer: "
         "what the model writes is not what its loss says"
@@ -90,7 +91,7 @@ def _heading(summary: Summary) -> Text:
         f"{s.model}, {s.method} on {s.weights} weights, "
         f"{s.trainable_parameters:,} numbers trained ({share:.2%})\n"
         f"{s.train_rows:,} rows to train on, {s.held_out_rows:,} held out{cut}; template {s.template}",
-        (straddle, "yellow"),
+        (skipped + straddle, "yellow"),
     )
 
 
@@ -192,6 +193,7 @@ def _files(result: RunResult) -> RenderableType:
         "metrics.jsonl": "every step",
         "loss.svg": "the loss curve",
         "manifest.json": "what it was made from: digests, versions, hardware",
+        "bad_rows.jsonl": "rows that were skipped, and why",
         "config.yaml": "every setting; runs the same again",
     }
     return _facts({name: meaning for name, meaning in listed.items() if (folder / name).exists()})

@@ -24,6 +24,7 @@ def train(
     data: r.Data = None,
     method: r.Method = None,
     output_dir: r.OutputDir = None,
+    skip_bad_rows: r.SkipBadRows = None,
     overwrite: r.Overwrite = False,
     resume: r.Resume = False,
     dry_run: r.DryRun = False,
@@ -33,6 +34,6 @@ def train(
     r.carry_out(
         recipe,
         settings,
-        r.Flags(model, data, method, output_dir),
+        r.Flags(model, data, method, output_dir, skip_bad_rows),
         r.Wishes(evaluate=False, overwrite=overwrite, resume=resume, dry_run=dry_run, as_json=as_json),
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from halfbyte.data.read import Row
+from halfbyte.data.faults import Fault, Reading
+from halfbyte.data.row import Objective, Row, Turns
 from halfbyte.errors import DataError, listed
 
 
@@ -48,7 +49,8 @@ class DataReport:
         empty_prompts: Rows with a user turn that is blank.
         styles: Rows per style.
         roles: Turns per role.
-        characters: Characters per row, all turns together.
+        labels: Rows per label; of rows that are judged or classified.
+        characters: Characters per row, all turns and both answers together.
     """
 
     rows: int
@@ -56,6 +58,7 @@ class DataReport:
     empty_prompts: int
     styles: Mapping[str, int]
     roles: Mapping[str, int]
+    labels: Mapping[str, int]
     characters: Lengths
 
 
@@ -67,47 +70,88 @@ class CheckedDataset:
     report: DataReport
 
 
-def check_rows(rows: Sequence[Row]) -> CheckedDataset:
+FORMATS_FOR: Mapping[Objective, str] = {
+    "sft": "messages, sharegpt, alpaca, prompt_completion or text",
+    "preference": "preference",
+    "kto": "kto",
+    "classification": "classification",
+}
+"""Formats whose rows an objective learns from."""
+
+
+def check_rows(
+    rows: Sequence[Row], objective: Objective = "sft", reading: Reading | None = None
+) -> CheckedDataset:
     """Refuse rows that nothing can be learnt from, and count the rest.
+
+    Args:
+        rows: Rows of any format.
+        objective: What is to be learnt from them.
+        reading: How many faulty rows may be skipped; gets those that were.
 
     Raises:
         DataError: HB203 without rows; HB204 names every row with a blank answer or text, without an answer,
-            or whose last turn nobody answers.
+            whose last turn nobody answers, or with two equal answers to choose from; HB216 names every row
+            that is for another objective.
     """
-    if not rows:
-        raise DataError("HB203", "got no rows, expected at least one", fix="name files that hold rows")
-    faults = [f"{row.where}: {reason}" for row in rows if (reason := _fault(row))]
-    if faults:
-        what = f"{len(faults)} of {len(rows)} rows" + listed(faults)
+    if others := [row for row in rows if row.objective != objective]:
+        faults = [f"{row.where}: a {row.objective} row" for row in others]
+        what = f"{len(others)} of {len(rows)} rows are not for {objective}" + listed(faults)
+        fix = f"give rows of the format {FORMATS_FOR[objective]}; data.format says how columns are to be read"
+        raise DataError("HB216", what, fix=fix)
+    reading = reading or Reading()
+    reasons = {at: reason for at, row in enumerate(rows) if (reason := _fault(row))}
+    bad = [Fault(rows[at].source, rows[at].line, reason) for at, reason in reasons.items()]
+    if not reading.skip(bad):
+        what = f"{len(bad)} of {len(rows)} rows" + reading.named(bad)
         raise DataError("HB204", what, fix="mend or remove these rows")
-    return CheckedDataset(tuple(rows), _count(rows))
+    kept = tuple(row for at, row in enumerate(rows) if at not in reasons)
+    if not kept:
+        raise DataError("HB203", "got no rows, expected at least one", fix="name files that hold rows")
+    return CheckedDataset(kept, _count(kept))
 
 
 def _fault(row: Row) -> str:
     """Why nothing can be learnt from a row, or an empty text."""
     if row.messages is None:
-        return "the text is blank" if not (row.text or "").strip() else ""
-    blank = [
-        n for n, m in enumerate(row.messages, start=1) if m.role == "assistant" and not m.content.strip()
-    ]
+        blank = not (row.text or "").strip() or (row.text_pair is not None and not row.text_pair.strip())
+        return "the text is blank" if blank else ""
+    if reason := _unanswered(row.messages):
+        return reason
+    if row.rejected is None:
+        return ""
+    if reason := _unanswered(row.rejected):
+        return f"rejected: {reason}"
+    return "the chosen and the rejected answer are the same" if row.rejected == row.messages else ""
+
+
+def _unanswered(turns: Turns) -> str:
+    """Why a conversation does not end in an answer, or an empty text."""
+    blank = [n for n, m in enumerate(turns, start=1) if m.role == "assistant" and not m.content.strip()]
     if blank:
         return f"the answer is blank (message {', '.join(map(str, blank))})"
-    if all(m.role != "assistant" for m in row.messages):
+    if all(m.role != "assistant" for m in turns):
         return "no message is from the assistant"
-    if row.messages[-1].role != "assistant":
-        return f"the last message is from the {row.messages[-1].role}, expected the assistant's answer"
+    if turns[-1].role != "assistant":
+        return f"the last message is from the {turns[-1].role}, expected the assistant's answer"
     return ""
 
 
 def _count(rows: Sequence[Row]) -> DataReport:
     turns = [row.messages or () for row in rows]
-    lengths = [len(row.text or "") + sum(len(m.content) for m in row.messages or ()) for row in rows]
+    lengths = [
+        len(row.text or "")
+        + len(row.text_pair or "")
+        + sum(len(m.content) for m in (*(row.messages or ()), *(row.rejected or ())))
+        for row in rows
+    ]
     return DataReport(
         rows=len(rows),
         duplicates=len(rows) - len({row.id for row in rows}),
         empty_prompts=sum(any(m.role == "user" and not m.content.strip() for m in turn) for turn in turns),
         styles=dict(Counter(row.style for row in rows)),
         roles=dict(Counter(m.role for turn in turns for m in turn)),
+        labels=dict(Counter(str(row.label) for row in rows if row.label is not None)),
         characters=Lengths.of(lengths),
     )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
-from halfbyte.data.read import Message, Row
+from halfbyte.data.row import Message, Row
 from halfbyte.errors import DataError, listed
 from halfbyte.settings import TemplateName
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data.read import Row
 from halfbyte.data.render import Rendered, Renderer, render_rows
+from halfbyte.data.row import Row
 from halfbyte.errors import DataError, listed
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ TRAINED = ("metrics.jsonl", "checkpoints", "adapter", "model")
 CONTENTS = (
     "config.yaml",
     MANIFEST,
+    "bad_rows.jsonl",
     "metrics.jsonl",
     EVENTS,
     "checkpoints",

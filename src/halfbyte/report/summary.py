@@ -73,6 +73,7 @@ class Setting:
         held_out_rows: Rows measured on.
         truncated_rows: Rows of both that were cut at `max_length`.
         misaligned_rows: Rows of both in which a token straddles the border of prompt and answer.
+        skipped_rows: Faulty rows that were left out.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Setting:
     held_out_rows: int
     truncated_rows: int
     misaligned_rows: int
+    skipped_rows: int
 
 
 @dataclass(frozen=True)

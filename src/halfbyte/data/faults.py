@@ -1,0 +1,70 @@
+"""What is wrong with rows, and how many such rows may be passed over.
+
+It owns how a fault is named and counted; it must not know what a row looks like.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from halfbyte.errors import listed
+from halfbyte.settings import DataFormat
+
+
+class BadRowError(Exception):
+    """What is wrong with a row; the next one is not affected."""
+
+
+class BadFileError(BadRowError):
+    """What is wrong with a file from some place on: where its next row begins cannot be told."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A faulty row.
+
+    Attributes:
+        file: File that holds it.
+        line: Line on which it begins, from 1; of a .parquet file the number of the row.
+        reason: What is wrong with it.
+    """
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass
+class Reading:
+    """What is met while files of rows are read and checked.
+
+    Attributes:
+        allowed: How many faulty rows may be skipped.
+        skipped: The faulty rows that were.
+        formats: Format of each file that was read.
+    """
+
+    allowed: int = 0
+    skipped: list[Fault] = field(default_factory=list)
+    formats: dict[str, DataFormat] = field(default_factory=dict)
+
+    def skip(self, faults: Sequence[Fault]) -> bool:
+        """Skip faulty rows if, with those skipped before, they are not too many."""
+        if len(self.skipped) + len(faults) > self.allowed:
+            return False
+        self.skipped += faults
+        return True
+
+    def named(self, faults: Sequence[Fault]) -> str:
+        """Faults that are not skipped as lines of an error, behind those skipped before."""
+        allowance = f"; {self.allowed} may be skipped in all" if self.allowed else ""
+        return allowance + listed([str(fault) for fault in (*self.skipped, *faults)])
+
+    def as_json_lines(self) -> str:
+        """The skipped rows, one object with file, line and reason to a line."""
+        return "".join(json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in self.skipped)

@@ -1,0 +1,92 @@
+"""A row: what one line of a file gives a model to learn from, whatever file and columns it came from.
+
+It owns the types of a row and its content hash; it must not know files, columns, templates or tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+Role = Literal["system", "user", "assistant"]
+Style = Literal["chat", "completion", "text"]
+Objective = Literal["sft", "preference", "kto", "classification"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said, verbatim.
+    """
+
+    role: Role
+    content: str
+
+
+Turns = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to learn from: a conversation, a prompt with its completion, or a text; judged or not.
+
+    Attributes:
+        messages: The turns; None for a text. A prompt with its completion is a user and an assistant turn.
+        text: The text; None for the others.
+        source: File the row was read from.
+        line: Line in it on which the row begins, from 1; of a .parquet file the number of the row.
+        style: How it is to be written out: `chat` through a template, `completion` as prompt and completion
+            joined, `text` as it is.
+        rejected: The conversation with the worse answer, prompt included; `messages` is then the one with the better.
+        label: Whether the answer is a good one, or the class of the text: its name or its number from 0.
+        text_pair: The second of two texts that are classified together.
+    """
+
+    messages: Turns | None
+    text: str | None
+    source: str
+    line: int
+    style: Style = "chat"
+    rejected: Turns | None = None
+    label: bool | int | str | None = None
+    text_pair: str | None = None
+
+    @property
+    def where(self) -> str:
+        """`file:line`."""
+        return f"{self.source}:{self.line}"
+
+    @property
+    def objective(self) -> Objective:
+        """What it can teach: words to write (sft), which answer is better, whether one is good, or a class."""
+        if self.rejected is not None:
+            return "preference"
+        if self.label is None:
+            return "sft"
+        return "classification" if self.messages is None else "kto"
+
+    @cached_property
+    def id(self) -> str:
+        """First 16 hex digits of the SHA-256 of its words, roles and judgement, whatever its place and style."""
+        words: object = self.text if self.messages is None else _plain(self.messages)
+        if self.objective != "sft":
+            words = {
+                "words": words,
+                "rejected": None if self.rejected is None else _plain(self.rejected),
+                "label": self.label,
+                "text_pair": self.text_pair,
+            }
+        canonical = json.dumps(words, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _plain(turns: Turns) -> list[list[str]]:
+    return [[m.role, m.content] for m in turns]

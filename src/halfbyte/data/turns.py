@@ -1,0 +1,165 @@
+"""Cells as texts, turns of a conversation and labels, or what is wrong with them.
+
+It owns how one value is judged; it must not know which columns make a row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+
+from halfbyte.config import nearest_name
+from halfbyte.data.faults import BadRowError
+from halfbyte.data.parquet_rows import UntakenValue
+from halfbyte.data.row import ROLES, Message, Role, Turns
+
+Json = Mapping[str, object]
+
+ROLES_ELSEWHERE: dict[str, Role] = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+}
+"""What ShareGPT and its kin call the roles."""
+
+LONGEST_NAME = 40  # of a table without a heading, whole texts stand where names belong
+
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+"""A whole number as it is written without padding."""
+
+
+def kind(value: object) -> str:
+    """A value's type in words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, UntakenValue):
+        return f"Parquet's {value.type}"
+    names = {str: "text", int: "a number", float: "a number", list: "an array", dict: "an object"}
+    return names[type(value)]
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names in quotes, parted by commas, each no longer than a name is."""
+    return ", ".join(repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…") for name in names)
+
+
+def text_of(row: Json, column: str, place: str = "column") -> str:
+    """A text cell, without characters that no tokenizer takes."""
+    value = row[column]
+    if not isinstance(value, str):
+        raise BadRowError(f"{place} {column!r}: got {kind(value)}, expected text")
+    if "\0" in value:
+        raise BadRowError(f"{place} {column!r}: NUL character at {value.index(chr(0)) + 1}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(
+            f"{place} {column!r}: half a surrogate pair at character {error.start + 1}"
+        ) from None
+    return value
+
+
+def optional_text(row: Json, column: str) -> str:
+    """A text cell that may be missing or null, which both mean an empty text."""
+    return text_of(row, column) if row.get(column) is not None else ""
+
+
+def messages_of(row: Json, column: str) -> Turns:
+    """Turns keyed `role` and `content`, with our names of the roles."""
+    return tuple(
+        _turn(turn, f"message {number}:", sharegpt=False)
+        for number, turn in enumerate(_array(row, column), start=1)
+    )
+
+
+def conversation_of(row: Json, column: str) -> Turns:
+    """Turns keyed `from` and `value`, or `role` and `content`, with ShareGPT's or our names of the roles."""
+    return tuple(
+        _turn(turn, f"{column!r} turn {number}:", sharegpt=True)
+        for number, turn in enumerate(_array(row, column), start=1)
+    )
+
+
+def turns_or_text(row: Json, column: str) -> Turns | str:
+    """A cell that is a text, one turn, or several."""
+    value = row[column]
+    if isinstance(value, list):
+        return conversation_of(row, column)
+    if isinstance(value, dict):
+        return (_turn(value, f"column {column!r}:", sharegpt=True),)
+    return text_of(row, column)
+
+
+def _array(row: Json, column: str) -> list[object]:
+    turns = row[column]
+    if not isinstance(turns, list) or not turns:
+        got = "an empty array" if turns == [] else kind(turns)
+        raise BadRowError(f"column {column!r}: got {got}, expected messages")
+    return turns
+
+
+def _turn(turn: object, place: str, *, sharegpt: bool) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRowError(f"{place} got {kind(turn)}, expected an object with role and content")
+    # Parquet gives every turn the keys of all; where a turn lacks one, its value is null.
+    keys = {key for key, value in turn.items() if value is not None or key in ("role", "content")}
+    speaker, words = ("from", "value") if sharegpt and "role" not in keys else ("role", "content")
+    if keys != {speaker, words}:
+        raise BadRowError(f"{place} got keys {quoted(turn) or 'none'}, expected {speaker} and {words} alone")
+    role = text_of(turn, speaker, place)
+    known = ROLES_ELSEWHERE.get(role.lower())
+    if sharegpt and known:
+        role = known
+    if role not in ROLES:
+        near = known or nearest_name(role.lower(), ROLES)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise BadRowError(f"{place} unknown role {role!r}, expected {', '.join(ROLES)}{hint}")
+    return Message(role, text_of(turn, words, place))
+
+
+def history_of(row: Json, column: str) -> Turns:
+    """Earlier exchanges, each a pair of a question and its answer, as LLaMA-Factory has them."""
+    history = row.get(column)
+    turns: list[Message] = []
+    for pair in [] if history is None else history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRowError(f"column {column!r}: got {kind(pair)}, expected pairs of question and answer")
+        for role, words in zip(("user", "assistant"), pair, strict=True):
+            turns.append(Message(_role(role), text_of({role: words}, role, f"column {column!r}:")))
+    return tuple(turns)
+
+
+def _role(name: str) -> Role:
+    return "user" if name == "user" else "assistant"
+
+
+def truth_of(row: Json, column: str) -> bool:
+    """A cell that is true or false; a text file has only the words for it."""
+    value = row[column]
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, bool):
+        return value
+    got = repr(value) if isinstance(value, (str, int)) else kind(value)
+    raise BadRowError(f"column {column!r}: got {got}, expected true or false")
+
+
+def class_of(row: Json, column: str) -> int | str:
+    """A class by its name or number; a number is the same one however it is written."""
+    value = row[column]
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 0:
+            raise BadRowError(
+                f"column {column!r}: got {value}, expected a class from 0; -1 is a hidden label"
+            )
+        return value
+    if isinstance(value, str) and value.strip():
+        return text_of(row, column)
+    got = "blank text" if isinstance(value, str) else kind(value)
+    raise BadRowError(f"column {column!r}: got {got}, expected a class by name or number")

@@ -1,0 +1,66 @@
+"""How often each row is trained on: sources of rows in other proportions than their lengths.
+
+It owns which rows are repeated and which are left out; it must not know what rows say or how they are ordered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from halfbyte.data.containers import row_files
+from halfbyte.data.row import Row
+from halfbyte.errors import DataError
+
+
+def file_weights(paths: Sequence[str | Path], weights: Sequence[float]) -> dict[str, float]:
+    """The weight of each file that some paths mean.
+
+    Args:
+        paths: Files and folders.
+        weights: One for each path.
+
+    Raises:
+        DataError: HB201 for what cannot be read; HB217 for a file that two paths with different weights mean.
+    """
+    found: dict[str, float] = {}
+    for path, weight in zip(paths, weights, strict=True):
+        for file in row_files(path):
+            if found.setdefault(str(file), weight) != weight:
+                what = f"got the weights {found[str(file)]:g} and {weight:g}"
+                fix = "name the file once in data.train, or give both places one weight"
+                raise DataError("HB217", what, where=str(file), fix=fix)
+    return found
+
+
+def weigh_rows(rows: Sequence[Row], weights: Mapping[str, float], seed: int) -> list[Row]:
+    """Repeat rows, or choose among them, by the weight of their file.
+
+    With a weight of 2 every row of a file comes twice, with 0.5 half of them come, with 1.5 every row and half
+    of them a second time. Which half is decided by content and seed, whatever the order of the rows. Of a file
+    with any rows at least one stays.
+
+    Args:
+        rows: Rows to train on, those held out no longer among them.
+        weights: By file, greater than 0; 1 for any other file.
+        seed: Another seed chooses others.
+
+    Returns:
+        Rows in the order given, those that are repeated side by side.
+    """
+    of_file: dict[str, list[int]] = defaultdict(list)
+    for at, row in enumerate(rows):
+        of_file[row.source].append(at)
+    times: dict[int, int] = {}
+    for source, members in of_file.items():
+        whole, part = divmod(weights.get(source, 1.0), 1)
+        extra = max(round(part * len(members)), int(whole == 0))
+        chosen = sorted(members, key=lambda at: (_rank(rows[at], seed), at))[:extra]
+        times |= dict.fromkeys(members, int(whole)) | dict.fromkeys(chosen, int(whole) + 1)
+    return [row for at, row in enumerate(rows) for _ in range(times[at])]
+
+
+def _rank(row: Row, seed: int) -> bytes:
+    return hashlib.sha256(f"weight:{seed}:{row.id}".encode()).digest()
