@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,9 @@ def test_bad_rows_are_skipped_up_to_the_number_given(call: Call, recipe: Path, r
     recipe.write_text(with_default, encoding="utf-8")
     rows.write_text(rows.read_text(encoding="utf-8") + "{broken\n", encoding="utf-8")
     assert call(verb, recipe, "--dry-run", "--skip-bad-rows", 0).exit_code == 2
+    shown = call(verb, recipe).stdout
+    assert "1 bad rows skipped, listed in bad_rows.jsonl" in shown
+    assert re.search(r"bad_rows\.jsonl +rows that were skipped, and why", shown)
 
 
 def test_an_earlier_run_is_refused_and_overwritten_on_request(call: Call, recipe: Path) -> None:

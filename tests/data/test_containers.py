@@ -169,11 +169,11 @@ def test_a_table_without_a_heading_is_refused_once_and_shortly(tmp_path: Path) -
 
 
 def test_a_text_file_has_one_row_per_line_that_is_not_blank(tmp_path: Path) -> None:
-    file = write(tmp_path, "a.txt", "\ufeffone\r\n\n  \n two\u2028still two \nlast")
+    file = write(tmp_path, "a.txt", "\ufeffone\r\n\n  \n two\u2028still two \n\ufefflast")
     assert [(row.line, row.text, row.style) for row in read_rows(file)] == [
         (1, "one", "text"),
         (4, " two\u2028still two ", "text"),
-        (5, "last", "text"),
+        (5, "\ufefflast", "text"),
     ]
 
 
@@ -256,6 +256,10 @@ def test_rows_up_to_the_limit_are_read_and_the_next_one_is_found(
     got = found(write(tmp_path, "a.json", f"[{fits},\n{fits}]"))
     assert [at for at, value in got if isinstance(value, dict)] == [1, 2]
     assert found(write(tmp_path, "a.json", f"[{fits},\n{long}]"))[1][1].startswith("<longer than")
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 1000)
+    got = found(write(tmp_path, "a.json", f"[{fits},\n{long},\n{fits}]"))
+    assert [at for at, value in got if isinstance(value, dict)] == [1, 3]
+    assert got[1][1].startswith("longer than")
 
 
 # Parquet

@@ -17,7 +17,7 @@ from halfbyte.settings import DataFormat
 
 
 def taken(row: dict[str, Any], wanted: DataFormat = "auto") -> Row:
-    return layout_of(row, wanted).row(row, Place("rows.jsonl", 3))
+    return layout_of(tuple(row), wanted).row(row, Place("rows.jsonl", 3))
 
 
 def fault(row: dict[str, Any], wanted: DataFormat = "auto") -> str:
@@ -186,6 +186,7 @@ def test_a_pair_without_one_prompt_is_refused(row: dict[str, Any], reason: str) 
         ({"prompt": "a", "completion": "b"}, turns("a", "b"), "completion"),
         ({"messages": keyed(turns("a", "b"))}, turns("a", "b"), "chat"),
         ({"conversations": keyed(turns("a", "b"), True)}, turns("a", "b"), "chat"),
+        ({"instruction": "a", "input": "c", "output": "b"}, turns("a\n\nc", "b"), "chat"),
     ],
 )
 def test_a_verdict_is_true_or_false_and_nothing_else(
@@ -238,8 +239,8 @@ def test_a_class_is_a_name_or_a_number_and_the_number_is_the_same_however_it_is_
 def test_every_format_has_a_layout_and_each_layout_recognises_its_own_columns() -> None:
     assert {layout.format for layout in LAYOUTS} | {"auto"} == set(get_args(DataFormat))
     for layout in LAYOUTS:
-        assert layout_of(dict.fromkeys(layout.columns), "auto") is layout
-        assert layout_of(dict.fromkeys((*layout.columns, "id", "source")), layout.format) is layout
+        assert layout_of(layout.columns, "auto") is layout
+        assert layout_of((*layout.columns, "id", "source"), layout.format) is layout
 
 
 def test_columns_of_two_formats_are_told_apart_by_the_setting_alone() -> None:

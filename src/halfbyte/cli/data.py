@@ -106,7 +106,8 @@ def show(
     reading = Reading(settings.skip_bad_rows)
     rows = check_rows(read_rows(settings.train, settings.format, reading), reading=reading).rows
     tokenised = tokenise_rows(rows[:count], renderer, settings.max_length)
-    STDOUT.print(f"template {renderer.template}, {len(rows):,} rows\n", highlight=False)
+    skipped = f", {len(reading.skipped):,} bad rows skipped" if reading.skipped else ""
+    STDOUT.print(f"template {renderer.template}, {len(rows):,} rows{skipped}\n", highlight=False)
     for example in tokenised.examples:
         _print_example(example, renderer.tokenizer, STDOUT)
 

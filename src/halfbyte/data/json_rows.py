@@ -31,17 +31,17 @@ def jsonl_rows(file: Path) -> Iterator[Found]:
             yield before, BadRowError("empty line")
         blank.clear()
         try:
-            yield number, line if isinstance(line, BadRowError) else _parse(line)
+            yield number, _parse(line)
         except BadRowError as bad:
             yield number, bad
 
 
-def _parse(line: bytes) -> object:
+def _parse(line: bytes | BadRowError) -> object:
     text = decode(line)
     try:
         return DECODER.decode(text.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else "; the file ends in this line without a line end: is it whole?"
+        cut = "" if text.endswith("\n") else "; the file ends in this line without a line end: is it whole?"
         raise BadRowError(_reason(error) + cut) from None
 
 

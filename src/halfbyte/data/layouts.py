@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from halfbyte.data.faults import BadRowError
@@ -70,23 +71,24 @@ class Layout:
 EMPTY: tuple[object, ...] = (None, "", [], {}, "[]", "{}")
 
 
-def layout_of(row: Json, wanted: DataFormat) -> Layout:
-    """The layout whose columns a row has; of two, the one that says more.
+@lru_cache(maxsize=256)
+def layout_of(columns: tuple[str, ...], wanted: DataFormat) -> Layout:
+    """The layout that a row with these columns has; of two, the one that says more.
 
     Args:
-        row: A row by column name.
-        wanted: Its format, or auto for any.
+        columns: Their names.
+        wanted: The row's format, or auto for any.
 
     Raises:
         BadRowError: If it has the columns of none, or of two that have nothing to do with each other.
     """
     eligible = [layout for layout in LAYOUTS if wanted in ("auto", layout.format)]
-    fitting = [layout for layout in eligible if all(column in row for column in layout.columns)]
+    fitting = [layout for layout in eligible if all(column in columns for column in layout.columns)]
     telling = [a for a in fitting if not any(set(a.columns) < set(b.columns) for b in fitting)]
     if len(telling) == 1:
         return telling[0]
     if not telling:
-        raise BadRowError(_missing(row, wanted, eligible))
+        raise BadRowError(_missing(columns, wanted, eligible))
     names = dict.fromkeys(layout.format for layout in telling)
     if len(names) > 1:
         raise BadRowError(f"columns fit {' and '.join(names)}; set data.format to the one that is meant")
@@ -94,14 +96,15 @@ def layout_of(row: Json, wanted: DataFormat) -> Layout:
     raise BadRowError(f"columns fit {telling[0].format} in two ways, {ways}; remove one of them")
 
 
-def _missing(row: Json, wanted: DataFormat, eligible: list[Layout]) -> str:
+def _missing(columns: tuple[str, ...], wanted: DataFormat, eligible: list[Layout]) -> str:
     if wanted == "auto":
         firsts = {layout.format: layout.columns for layout in reversed(LAYOUTS)}
         expected = "; ".join(f"{name}: {', '.join(firsts[name])}" for name in reversed(firsts))
-        return f"columns {quoted(row) or 'none'} fit no format ({expected})"
-    nearest = min(eligible, key=lambda layout: sum(column not in row for column in layout.columns))
-    lacking = quoted(column for column in nearest.columns if column not in row)
-    return f"column {lacking} missing for a {wanted} row as in the rest of the file; got {quoted(row) or 'no column'}"
+        return f"columns {quoted(columns) or 'none'} fit no format ({expected})"
+    nearest = min(eligible, key=lambda layout: sum(column not in columns for column in layout.columns))
+    lacking = quoted(column for column in nearest.columns if column not in columns)
+    got = quoted(columns) or "no column"
+    return f"column {lacking} missing for a {wanted} row as in the rest of the file; got {got}"
 
 
 def _messages(row: Json, place: Place) -> Row:
@@ -156,7 +159,7 @@ def _kto(row: Json, place: Place) -> Row:
         return Row(messages_of(row, "messages"), None, *place, label=label)
     if "conversations" in row:
         return Row(_conversation(row), None, *place, label=label)
-    judged = _prompt_completion(row, place)
+    judged = (_alpaca if "instruction" in row else _prompt_completion)(row, place)
     return Row(judged.messages, None, *place, judged.style, label=label)
 
 
@@ -239,6 +242,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("kto", ("prompt", "completion", "label"), _kto),
     Layout("kto", ("messages", "label"), _kto),
     Layout("kto", ("conversations", "label"), _kto, _CHAT),
+    Layout("kto", ("instruction", "output", "label"), _kto, _ALPACA),
     Layout("classification", ("text", "label"), _classified("text")),
     Layout("classification", ("text", "text_pair", "label"), _classified("text", "text_pair")),
     Layout("classification", ("sentence", "label"), _classified("sentence")),

@@ -38,12 +38,14 @@ def too_long() -> BadRowError:
     return BadRowError(f"longer than {MAX_ROW_BYTES // 2**20} MiB, which no row is; is a line end missing?")
 
 
-def decode(content: bytes) -> str:
-    """Bytes as text.
+def decode(content: bytes | BadRowError) -> str:
+    """A line as text.
 
     Raises:
-        BadRowError: For NUL and for what is not UTF-8.
+        BadRowError: The line's own fault, NUL, or what is not UTF-8.
     """
+    if isinstance(content, BadRowError):
+        raise content
     if (nul := content.find(b"\0")) >= 0:
         raise BadRowError(f"NUL byte at byte {nul + 1}")
     try:
@@ -60,15 +62,9 @@ def text_rows(file: Path) -> Iterator[Found]:
     """
     for number, line in enumerate(read_lines(file), start=1):
         try:
-            text = decode(_whole(line)).rstrip("\r\n")
+            text = decode(line).rstrip("\r\n")
         except BadRowError as bad:
             yield number, bad
             continue
         if text.strip():
             yield number, {"text": text}
-
-
-def _whole(line: bytes | BadRowError) -> bytes:
-    if isinstance(line, BadRowError):
-        raise line
-    return line

@@ -13,7 +13,7 @@ from halfbyte.data.containers import CONTAINERS, TABLES, row_files
 from halfbyte.data.faults import BadFileError, BadRowError, Fault, Reading
 from halfbyte.data.layouts import Layout, Place, layout_of
 from halfbyte.data.row import Row
-from halfbyte.data.turns import Json, kind
+from halfbyte.data.turns import kind
 from halfbyte.errors import DataError
 from halfbyte.settings import DataFormat
 
@@ -50,8 +50,9 @@ def read_rows(
         damaged |= reader.damaged
         reading.formats[str(file)] = reader.format
     if damaged or not reading.skip(faults):
-        fix = "mend or remove these lines; nothing was read"
-        raise DataError("HB202", f"{len(faults)} bad line(s)" + reading.named(faults), fix=fix)
+        hiding = ", some of which may hide rows and are never skipped" if damaged and reading.allowed else ""
+        what = f"{len(faults)} bad line(s){hiding}" + reading.named(faults)
+        raise DataError("HB202", what, fix="mend or remove these lines; nothing was read")
     return rows
 
 
@@ -95,16 +96,17 @@ class _FileReader:
     def _row(self, found: object, line: int) -> Row:
         if not isinstance(found, dict):
             raise BadRowError(f"got {kind(found)}, expected an object")
+        columns = tuple(found)
         if self.format == "auto":
-            self.format = self._first_layout(found).format
-        layout = layout_of(found, self.format)
-        if self._wanted == "auto" and (own := layout_of(found, "auto").format) != self.format:
+            self.format = self._first_layout(columns).format
+        layout = layout_of(columns, self.format)
+        if self._wanted == "auto" and (own := layout_of(columns, "auto").format) != self.format:
             raise BadRowError(f"columns of a {own} row, but the rest of the file are {self.format} rows")
         return layout.row(found, Place(str(self._file), line))
 
-    def _first_layout(self, found: Json) -> Layout:
+    def _first_layout(self, columns: tuple[str, ...]) -> Layout:
         try:
-            return layout_of(found, "auto")
+            return layout_of(columns, "auto")
         except BadRowError as bad:
             if self._file.suffix not in TABLES:
                 raise

@@ -86,10 +86,7 @@ class _Text:
         return self
 
     def __next__(self) -> str:
-        line = next(self._lines)
-        if isinstance(line, BadRowError):
-            raise line
-        return decode(line)
+        return decode(next(self._lines))
 
 
 def _csv_cells(file: Path) -> Iterator[tuple[int, Cells | BadRowError]]:

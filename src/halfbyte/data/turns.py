@@ -138,14 +138,15 @@ def _role(name: str) -> Role:
 
 
 def truth_of(row: Json, column: str) -> bool:
-    """A cell that is true or false; a text file has only the words for it."""
+    """A verdict on an answer: true or false; a text file has only the words for it."""
     value = row[column]
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if isinstance(value, bool):
         return value
     got = repr(value) if isinstance(value, (str, int)) else kind(value)
-    raise BadRowError(f"column {column!r}: got {got}, expected true or false")
+    expected = "expected true or false; where it is no verdict on the answer, set data.format"
+    raise BadRowError(f"column {column!r}: got {got}, {expected}")
 
 
 def class_of(row: Json, column: str) -> int | str:
