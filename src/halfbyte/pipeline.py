@@ -21,7 +21,7 @@ from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
 from halfbyte.data.tokenise import Tokenised, load_tokenizer, padding_id, tokenise_rows
 from halfbyte.data.weigh import file_weights, weigh_rows
-from halfbyte.errors import ConfigError, EvaluateError
+from halfbyte.errors import ConfigError, EvaluateError, listed
 from halfbyte.evaluate.measure import Measurement, Subject, measure
 from halfbyte.evaluate.perplexity import held_out_loss
 from halfbyte.govern.manifest import manifest
@@ -267,8 +267,8 @@ def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None
         rows = tokenise_rows(checked.rows, renderer, config.data.max_length)
         part.say(f"{len(rows.examples):,} rows, {rows.truncated:,} cut at max_length")
         part.say(f"template {renderer.template}")
-    for fault in reading.skipped:
-        watch.note(f"Skipped {fault}")
+    if reading.skipped:
+        watch.note(f"{len(reading.skipped):,} bad rows skipped" + listed(list(map(str, reading.skipped))))
     with watch.part("load model") as part:
         model = load_base(config, part.progress)
         Limits.of(model).check(rows.examples)

@@ -109,7 +109,7 @@ def test_bad_rows_are_skipped_by_every_verb_that_reads_rows(
     rows.write_text(rows.read_text(encoding="utf-8") + "{broken\n[]\n", encoding="utf-8")
     shown = call("data", "check", rows, "--skip-bad-rows", 2).stdout
     assert re.search(r"^rows +16$", shown, re.MULTILINE)
-    assert re.search(rf"^skipped +2\n +{rows}:17: not JSON", shown, re.MULTILINE)
+    assert re.search(rf"^skipped +2\n +- {rows}:17: not JSON", shown, re.MULTILINE)
     facts = json.loads(call("data", "check", rows, "--skip-bad-rows", 2, "--json").stdout)
     assert [fault["line"] for fault in facts["skipped"]] == [17, 18]
     shown = call("data", "show", rows, "--model", model, "--skip-bad-rows", 2).stdout

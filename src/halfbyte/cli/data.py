@@ -157,8 +157,11 @@ def _count_tokens(rows: Sequence[Row], config: Config) -> Tokens:
 
 def _described(reading: Reading) -> dict[str, str]:
     """What each file was read as, and which rows were skipped; a line for each."""
+    from halfbyte.errors import listed
+
     files = [f"{file}: {name}" for file, name in reading.formats.items()]
-    skipped = [f"{len(reading.skipped):,}", *map(str, reading.skipped)] if reading.skipped else []
+    faults = list(map(str, reading.skipped))
+    skipped = (f"{len(faults):,}" + listed(faults)).split("\n") if faults else []
     return {name: "\n".join(lines) for name, lines in (("format", files), ("skipped", skipped)) if lines}
 
 
