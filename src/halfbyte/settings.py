@@ -75,7 +75,7 @@ class DataConfig(_Section):
     train: Paths
     """File of rows (.jsonl, .json, .csv, .tsv, .parquet, .txt), folder of such, or a list; relative to the recipe."""
     weights: list[Annotated[float, Field(gt=0)]] | None = None
-    """One per entry of `train`: 2 gives each row twice, 0.5 half of the rows, chosen by content and seed; null: 1."""
+    """One per entry of `train`, held-out rows aside: 2 takes each row twice, 0.5 half of them; null: 1."""
     eval: Paths | None = None
     """Held-out file or files; null: a share of the training rows is held out."""
     eval_fraction: float = Field(0.1, ge=0, lt=1)

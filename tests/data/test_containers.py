@@ -216,6 +216,13 @@ def test_a_broken_array_is_named_with_its_line_however_it_is_cut(
     assert faults == [(line, reason)]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.txt"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_the_unicode_of_spreadsheets_is_told_by_its_name(tmp_path: Path, name: str, encoding: str) -> None:
+    said = fault(write(tmp_path, name, "\ufefftext\na\n".encode(encoding)))
+    assert f"{name}:1: not UTF-8 but UTF-16; save the file as UTF-8" in said
+
+
 def test_a_last_line_that_may_be_half_written_is_said_to_be(tmp_path: Path) -> None:
     said = fault(write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "b'))
     assert "a.jsonl:2: not JSON: Unterminated string" in said

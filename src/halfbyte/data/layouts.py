@@ -32,6 +32,7 @@ from halfbyte.settings import DataFormat
 # Columns that change what a row means. Where a format does not read them they are refused rather than ignored;
 # any other column is ignored.
 MEANINGFUL = ("tools", "functions", "tool_calls", "images", "videos", "audios", "history", "system")
+EMPTY: tuple[object, ...] = (None, "", [], {}, "[]", "{}")
 
 
 class Place(NamedTuple):
@@ -66,9 +67,6 @@ class Layout:
         if odd := [c for c in MEANINGFUL if c not in self.reads and found.get(c) not in EMPTY]:
             raise BadRowError(f"column {quoted(odd)} is not supported and would be lost")
         return self.parse(found, place)
-
-
-EMPTY: tuple[object, ...] = (None, "", [], {}, "[]", "{}")
 
 
 @lru_cache(maxsize=256)

@@ -5,6 +5,7 @@ It owns what bytes a line may hold; it must not know what a line says.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,6 @@ from halfbyte.data.faults import BadRowError
 MAX_ROW_BYTES = 64 * 2**20
 """Longest row of a text file. Books of 10 MB fit; a file of another kind without line ends does not fill memory."""
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
 Found = tuple[int, object]
 """Line on which a row begins, and the row as plain values or a `BadRowError`."""
 
@@ -22,7 +21,7 @@ Found = tuple[int, object]
 def read_lines(file: Path) -> Iterator[bytes | BadRowError]:
     """Each line with its line end, or what is wrong with it; one that is too long is passed over in pieces."""
     with file.open("rb") as stream:
-        start = BYTE_ORDER_MARK
+        start = codecs.BOM_UTF8
         while line := stream.readline(MAX_ROW_BYTES + 1):
             if len(line) <= MAX_ROW_BYTES:
                 yield line.removeprefix(start)
@@ -46,6 +45,8 @@ def decode(content: bytes | BadRowError) -> str:
     """
     if isinstance(content, BadRowError):
         raise content
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadRowError("not UTF-8 but UTF-16; save the file as UTF-8")
     if (nul := content.find(b"\0")) >= 0:
         raise BadRowError(f"NUL byte at byte {nul + 1}")
     try:
