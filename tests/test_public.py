@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,24 @@ def test_the_surface_is_what_it_says() -> None:
         hb.lode  # noqa: B018
 
 
-def test_the_first_lines_of_a_newcomer_work(shared: Callable[[str], Path], tmp_path: Path) -> None:
+VARIED: dict[str, Any] = {
+    "rank_stabilised": True,
+    "init": "pissa",
+    "init_iterations": 2,
+    "dora": True,
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"v_proj": 8},
+    "modules_to_save": ["lm_head"],
+}
+
+
+@pytest.mark.parametrize("settings", [{}, VARIED], ids=["plain", "every setting"])
+def test_the_first_lines_of_a_newcomer_work(
+    shared: Callable[[str], Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
     path = shared("models/stories260K-hf")
     model = hb.load(path, quantization="nf4", dtype="float32")
-    hb.add_lora(model, r=16, alpha=32, target_modules="all-linear")
+    hb.add_lora(model, r=16, alpha=32, target_modules="all-linear", **settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.arange(1, 33).reshape(2, 16)
     losses = []

@@ -67,6 +67,20 @@ class LoraConfig(_Section):
     """Share of the adapter's inputs set to zero while training."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Layers to adapt: all-linear (every linear layer but the output head), or a list of name endings."""
+    rank_stabilised: bool = False
+    """Scale by alpha / √r instead, so that a higher rank learns as fast."""
+    init: Literal["default", "gaussian", "pissa", "loftq"] = "default"
+    """How the adapter begins: pissa with the base's principal directions, loftq with what 4 bits lose of it."""
+    init_iterations: int = Field(1, ge=1)
+    """Rounds of quantising and decomposing; read by pissa and loftq alone."""
+    dora: bool = False
+    """Train the length of each row of a weight apart from its direction; slower, its layers run unfused."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Ranks of single layers in place of r: name endings, or regular expressions for them, with a rank each."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """As rank_pattern, for alpha."""
+    modules_to_save: list[str] = []
+    """Modules trained whole in float32 and saved beside the adapter, such as lm_head; tied weights part."""
 
 
 class DataConfig(_Section):

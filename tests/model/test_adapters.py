@@ -186,16 +186,13 @@ def test_damaged_files_are_refused(stories: Path, saved: Path) -> None:
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_dora": True},
+        {"use_dora": "yes"},
         {"peft_type": "LOHA"},
         {"task_type": "SEQ_CLS"},
         {"bias": "all"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": 1},
         {"use_rslora": "yes"},
-        {"rank_pattern": {"q_proj": 4}},
-        {"alpha_pattern": {"q_proj": 4}},
-        {"modules_to_save": ["lm_head"]},
         {"layers_to_transform": [0]},
         {"auto_mapping": {"parent_library": "evil", "base_model_class": "Evil"}},
         {"megatron_config": {"tensor_parallel": 2}},
@@ -225,6 +222,31 @@ def test_an_adapter_of_no_stated_kind_is_refused(stories: Path, saved: Path) -> 
 def test_wrong_values_are_named_at_once(stories: Path, saved: Path) -> None:
     change_config(saved, r="2", lora_alpha=None, lora_dropout=True, target_modules=[1])
     refused(stories, saved, "HB323", "r is '2'", "lora_alpha", "lora_dropout", "target_modules")
+
+
+def test_patterns_and_modules_of_the_wrong_kind_are_named(stories: Path, saved: Path) -> None:
+    change_config(saved, rank_pattern={"q_proj": 2.5}, alpha_pattern=["v_proj"], modules_to_save="lm_head")
+    refused(stories, saved, "HB323", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+def test_settings_that_name_what_is_not_in_the_file_are_refused(stories: Path, saved: Path) -> None:
+    before = (saved / "adapter_config.json").read_bytes()
+    change_config(saved, use_dora=True)
+    refused(stories, saved, "HB323", "magnitude")
+    (saved / "adapter_config.json").write_bytes(before)
+    change_config(saved, rank_pattern={"q_proj": 4})
+    refused(stories, saved, "HB325", "(2, 64)", "(4, 64)")
+    (saved / "adapter_config.json").write_bytes(before)
+    change_config(saved, modules_to_save=["lm_head"])
+    refused(stories, saved, "HB325", "lm_head")
+
+
+@pytest.mark.parametrize("pattern", ["(", "(x+x+)+y", r"(x)\1", "a*b*c*d*"])
+def test_a_pattern_that_could_run_for_ever_is_refused(stories: Path, saved: Path, pattern: str) -> None:
+    change_config(saved, alpha_pattern={pattern: 4})
+    with pytest.raises(ModelError, match="HB321") as caught:
+        load_adapter(base_model(stories), saved)
+    assert repr(pattern) in caught.value.what
 
 
 def test_values_out_of_range_are_named(stories: Path, saved: Path) -> None:

@@ -1,15 +1,15 @@
-"""LoRA adapters on disk, in PEFT's format: two files, read with suspicion and written whole.
+"""LoRA adapters on disk, in PEFT's format: read with suspicion and written whole.
 
-It owns their names and settings; it must not know how the base model was loaded or what trained the adapter.
+It owns their files and whether they fit a model; it must not know how the base model was loaded or what trained the
+adapter.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,57 +17,46 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
-from halfbyte.model.files import PICKLED, contained, read_json
-from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d, is_linear
-from halfbyte.model.lora import (
-    ALL_LINEAR,
-    LoraSpec,
-    adapted_modules,
-    matches,
-    refuse_adapted,
-    target_names,
-    wrap,
+from halfbyte.model.adapter_settings import CONFIG, WEIGHTS, AdapterSettings, read_settings
+from halfbyte.model.adapter_tensors import (
+    KEY,
+    PREFIX,
+    TAKEN_KEY,
+    adapter_tensors,
+    common_spec,
+    halves,
+    shortest,
+    taken_tensors,
 )
+from halfbyte.model.beside import names_to_train, outside, train_beside, trained_modules
+from halfbyte.model.files import contained
+from halfbyte.model.linear4bit import Linear4bit, dense_weight, features, is_conv1d, is_linear
+from halfbyte.model.lora import adapted_modules, refuse_adapted, target_names, wrap
+from halfbyte.model.lora_init import Pair, residual
+from halfbyte.model.lora_spec import ALL_LINEAR, LoraSpec, matches
+from halfbyte.model.originals import Originals
 from halfbyte.model.saving import whole_folder, write_json
 from halfbyte.model.stored import StoredTensor, read_header
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
-
-# Settings of PEFT whose value says nothing about the numbers an adapter computes.
-_INFORMATIVE = frozenset(
-    (
-        "base_model_name_or_path",
-        "revision",
-        "peft_version",
-        "inference_mode",
-        "fan_in_fan_out",
-        "megatron_core",
-    )
-)
-_INFORMATIVE_UNLESS_USED = frozenset(("qalora_group_size",))  # use_qalora itself is refused
-_READ = frozenset(
-    ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-)
-# What these settings may be; others of the same name change the base or add what is not in the file.
-_ALLOWED: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-    "use_rslora": (True, False),
-}
+TAKEN = "quantised_residual.safetensors"
+"""Of an adapter that began with part of the weights, on a base in 4 bits: by what the base is made again."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
-    """What was understood of an `adapter_config.json`."""
+class _Stored:
+    """What lies in the adapter's files, by the name of the module it belongs to.
 
-    spec: LoraSpec
-    targets: str | list[str]
-    base: str
+    Attributes:
+        matrices: `A`, `B` and, for DoRA, `magnitude` of each adapted layer.
+        beside: The parts of each module that trained whole.
+        taken: `A` and `B` that were taken from a weight before it was held in 4 bits.
+        origins: Of those: what the weight was.
+    """
+
+    matrices: dict[str, dict[str, StoredTensor]]
+    beside: dict[str, dict[str, StoredTensor]]
+    taken: dict[str, dict[str, StoredTensor]]
+    origins: dict[str, str]
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> None:
@@ -86,35 +75,37 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> None:
         raise ModelError(
             "HB322", "the model has no adapter", where=type(model).__name__, fix="add one with add_lora"
         )
-    spec = next(iter(layers.values())).spec
+    spec, beside = common_spec(layers), trained_modules(model)
+    modules = [name for name, _ in model.named_modules()]
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": spec.r,
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_alpha": _plain(spec.alpha),
         "lora_dropout": spec.dropout,
         "use_rslora": spec.rank_stabilised,
-        "target_modules": _shortest_targets(model, list(layers)),
+        "use_dora": spec.dora,
+        "rank_pattern": spec.rank_pattern,
+        "alpha_pattern": {name: _plain(alpha) for name, alpha in spec.alpha_pattern.items()},
+        "target_modules": shortest(list(layers), modules, matches),
+        "modules_to_save": shortest(list(beside), modules, str.endswith) if beside else None,
         "fan_in_fan_out": any(_stored_transposed(layer.base) for layer in layers.values()),
         "bias": "none",
         "init_lora_weights": True,
     }
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach()
+    taken = taken_tensors(layers)
     with whole_folder(folder) as work:
         write_json(work / CONFIG, settings)
-        save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
+        save_file(adapter_tensors(layers, beside), work / WEIGHTS, metadata={"format": "pt"})
+        if taken:
+            save_file(taken, work / TAKEN)
 
 
-def _shortest_targets(model: PreTrainedModel, adapted: list[str]) -> list[str]:
-    """The last parts of the names where they mean these modules and no others, else the full names."""
-    ends = sorted({name.rpartition(".")[2] for name in adapted})
-    meant = [name for name, _ in model.named_modules() if any(matches(name, end) for end in ends)]
-    return ends if meant == adapted else adapted
+def _plain(alpha: float) -> float:
+    """A whole number without its point, as PEFT writes it."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _stored_transposed(base: nn.Module) -> bool:
@@ -136,92 +127,59 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> list[str]:
     Raises:
         ModelError: HB303 pickled, HB305 outside the folder, HB307 damaged, HB311 not finite, HB322 the model
             has an adapter, HB323 unreadable, HB324 a feature that is not supported, HB325 made for another
-            model.
+            model, HB342 a module that cannot train whole, HB344 made beside another 4-bit base.
     """
     refuse_adapted(model)
     folder = Path(folder)
-    settings = _read_settings(folder)
-    stored = _matrices(folder, read_header(contained(folder, WEIGHTS)))
+    settings = read_settings(folder)
+    stored = _stored(model, folder, settings)
     _refuse_misfit(model, folder, settings, stored)
-    read = {
-        name: {matrix: _values(tensor) for matrix, tensor in pair.items()} for name, pair in stored.items()
-    }
-    names = [name for name, _ in model.named_modules() if name in stored]
-    wrap(model, dict.fromkeys(names, settings.spec), None)
-    for name, layer in adapted_modules(model).items():
-        layer.lora_A.data.copy_(read[name]["A"])
-        layer.lora_B.data.copy_(read[name]["B"])
+    sources = _sources(model, folder, stored)
+    read, beside, taken = _read(stored.matrices), _read(stored.beside), _read(stored.taken)
+    names = [name for name, _ in model.named_modules() if name in read]
+    specs = {name: settings.spec.at(name) for name in names}
+    starts: dict[str, Pair] = {}
+    for name in sources:
+        change = Pair(read[name]["A"].float(), read[name]["B"].float())
+        (read[name]["A"], read[name]["B"]), starts[name] = halves(change)
+        specs[name] = specs[name].resized(specs[name].r // 2)
+    wrap(model, specs, None)
+    train_beside(model, list(beside))
+    with torch.no_grad():
+        for name, layer in adapted_modules(model).items():
+            layer.lora_A.copy_(read[name]["A"])
+            layer.lora_B.copy_(read[name]["B"])
+            if layer.magnitude is not None:
+                layer.magnitude.copy_(read[name]["magnitude"])
+            if name in sources:
+                pair = Pair(taken[name]["A"].float(), taken[name]["B"].float())
+                layer.origin = "stored" if stored.origins[name] == "stored" else "dequantised"
+                layer.rest_on(starts[name], pair, residual(sources[name](), pair, layer.spec.scale))
+        for name, module in trained_modules(model).items():
+            module.trained.load_state_dict(beside[name])
     return names
 
 
-def _read_settings(folder: Path) -> _Settings:
-    """Read `adapter_config.json`: every key is understood, or says nothing, or is refused."""
-    if not (folder / CONFIG).is_file():
-        raise ModelError(
-            "HB323", f"there is no {CONFIG}", where=str(folder), fix="give the folder of an adapter"
-        )
-    if not (folder / WEIGHTS).is_file():
-        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-        raise ModelError(
-            "HB303" if pickled else "HB323",
-            f"{', '.join(pickled)} can run any code when opened, and there is no {WEIGHTS}"
-            if pickled
-            else f"there is no {WEIGHTS}",
-            where=str(folder),
-            fix=f"save the adapter again as {WEIGHTS} (in PEFT: safe_serialization=True)",
-        )
-    file = contained(folder, CONFIG)
-    config = read_json(file)
-    unsupported = [f"{key} = {value!r}" for key, value in config.items() if not _understood(key, value)]
-    if unsupported or "peft_type" not in config:
-        raise ModelError(
-            "HB324",
-            ", ".join(unsupported) or "no peft_type is given, expected LORA",
-            where=str(file),
-            fix="use an adapter made without these: without them it gives other answers than it was trained to",
-        )
-    return _settings(file, config)
+def _read(stored: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, dict[str, Tensor]]:
+    return {name: {part: _values(tensor) for part, tensor in parts.items()} for name, parts in stored.items()}
 
 
-def _understood(key: str, value: object) -> bool:
-    if key in _ALLOWED:
-        return any(
-            value is allowed or (isinstance(allowed, str) and value == allowed) for allowed in _ALLOWED[key]
-        )
-    return key in _READ | _INFORMATIVE | _INFORMATIVE_UNLESS_USED or value in (None, False, {}, [])
-
-
-def _settings(file: Path, config: Mapping[str, Any]) -> _Settings:
-    r: Any = config.get("r")
-    alpha: Any = config.get("lora_alpha")
-    dropout: Any = config.get("lora_dropout", 0.0)
-    targets: Any = config.get("target_modules")
-    faults = [] if type(r) is int else [f"r is {r!r}, expected a whole number"]
-    faults += [
-        f"{name} is {value!r}, expected a number"
-        for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout))
-        if type(value) not in (int, float)
-    ]
-    if not isinstance(targets, str) and not (
-        isinstance(targets, list) and all(type(t) is str for t in targets)
-    ):
-        faults.append(f"target_modules is {targets!r}, expected names or one pattern")
-    if faults:
-        raise ModelError("HB323", "; ".join(faults), where=str(file), fix="save the adapter again")
-    spec = LoraSpec(r, alpha, dropout, rank_stabilised=config.get("use_rslora") is True)
-    return _Settings(spec, targets, str(config.get("base_model_name_or_path")))
-
-
-def _matrices(folder: Path, header: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """Module name → its stored A and B."""
-    pairs: dict[str, dict[str, StoredTensor]] = {}
+def _stored(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> _Stored:
+    """What the adapter's files hold, each tensor with the module it belongs to."""
+    matrices: dict[str, dict[str, StoredTensor]] = {}
+    beside: dict[str, dict[str, StoredTensor]] = {}
+    wanted = tuple(settings.spec.modules_to_save)
+    whole = [name for name, _ in model.named_modules() if wanted and name.endswith(wanted)]  # PEFT's rule
     strange = []
-    for key, tensor in header.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            strange.append(key)
+    for key, tensor in read_header(contained(folder, WEIGHTS)).items():
+        match = KEY.fullmatch(key)
+        owner = next((name for name in whole if key.startswith(f"{PREFIX}{name}.")), None)
+        if match is not None and (match["matrix"] or settings.spec.dora):
+            matrices.setdefault(match["module"], {})[match["matrix"] or match["vector"]] = tensor
+        elif owner is not None:
+            beside.setdefault(owner, {})[key.removeprefix(f"{PREFIX}{owner}.")] = tensor
         else:
-            pairs.setdefault(match["module"], {})[match["matrix"]] = tensor
+            strange.append(key)
     if strange:
         raise ModelError(
             "HB324",
@@ -229,36 +187,62 @@ def _matrices(folder: Path, header: Mapping[str, StoredTensor]) -> dict[str, dic
             where=str(folder / WEIGHTS),
             fix="use a plain LoRA adapter of linear layers",
         )
-    if single := sorted(name for name, pair in pairs.items() if len(pair) != 2):
-        what = f"only one of the two matrices of {', '.join(single[:5])} is there"
+    parts = {"A", "B", "magnitude"} if settings.spec.dora else {"A", "B"}
+    if single := sorted(name for name, found in matrices.items() if found.keys() != parts):
+        what = f"of {', '.join(single[:5])} not all of {', '.join(sorted(parts))} are there"
         raise ModelError("HB323", what, where=str(folder / WEIGHTS), fix="save the adapter again")
-    return pairs
+    return _Stored(matrices, beside, *_taken(folder))
 
 
-def _refuse_misfit(
-    model: PreTrainedModel,
-    folder: Path,
-    settings: _Settings,
-    stored: Mapping[str, Mapping[str, StoredTensor]],
-) -> None:
-    """Refuse an adapter whose matrices do not fit this model, or are not those its settings name."""
+def _taken(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
+    """What was taken from the weights before they were held in 4 bits, and of which kind each was."""
+    taken: dict[str, dict[str, StoredTensor]] = {}
+    origins: dict[str, str] = {}
+    if not (folder / TAKEN).exists():
+        return taken, origins
+    for key, tensor in read_header(contained(folder, TAKEN)).items():
+        match = TAKEN_KEY.fullmatch(key)
+        if match is None:
+            what = f"{key} is no matrix that was taken from a weight"
+            raise ModelError("HB323", what, where=str(folder / TAKEN), fix="save the adapter again")
+        taken.setdefault(match["module"], {})[match["matrix"]] = tensor
+        origins[match["module"]] = match["origin"]
+    return taken, origins
+
+
+def _sources(model: PreTrainedModel, folder: Path, stored: _Stored) -> dict[str, Callable[[], Tensor]]:
+    """What makes the weight from which the base of a 4-bit layer is made again, as it was in training."""
+    originals = Originals(model)
+    sources: dict[str, Callable[[], Tensor]] = {}
+    other = []
+    for name, origin in stored.origins.items():
+        base = model.get_submodule(name)
+        if isinstance(base, Linear4bit):
+            source = originals.source(name, base)
+            if (source is None) != (origin == "dequantised"):
+                other.append(name)
+            sources[name] = source or partial(dense_weight, base)
+    if other:
+        raise ModelError(
+            "HB344",
+            f"{', '.join(other[:5])} began with part of weights that this folder stores in another form",
+            where=str(folder),
+            fix="load it on the folder it was trained on, or on the 16-bit folder without quantization",
+        )
+    return sources
+
+
+def _refuse_misfit(model: PreTrainedModel, folder: Path, settings: AdapterSettings, stored: _Stored) -> None:
+    """Refuse an adapter whose tensors do not fit this model, or are not those its settings name."""
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
-    faults = [f"the model has no linear layer {name}" for name in stored if name not in linear]
-    rank = settings.spec.r
-    for name, pair in stored.items():
-        if name in linear:
-            N, K = features(linear[name])
-            got, expected = (pair["A"].shape, pair["B"].shape), ((rank, K), (N, rank))
-            if got != expected:
-                faults.append(
-                    f"A and B of {name} are {got[0]} and {got[1]}, expected {expected[0]} and {expected[1]}"
-                )
+    names_to_train(model, list(stored.beside))
+    faults = _matrix_faults(linear, settings.spec, stored) + _beside_faults(model, settings.spec, stored)
     if not faults:
-        targeted = _targeted(model, settings.targets, list(linear), set(stored))
-        faults += [
-            f"it lacks the matrices of {name}, which its settings name" for name in targeted - stored.keys()
-        ]
-        faults += [f"its settings do not name {name}" for name in stored.keys() - targeted]
+        adapted = stored.matrices.keys()
+        targeted = _targeted(model, settings.targets, list(linear), set(adapted))
+        targeted = set(outside(list(targeted), list(stored.beside)))
+        faults += [f"it lacks the matrices of {name}, which its settings name" for name in targeted - adapted]
+        faults += [f"its settings do not name {name}" for name in adapted - targeted]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ModelError(
@@ -268,6 +252,48 @@ def _refuse_misfit(
             fix=f"load it on the model it was made for, {settings.base}; "
             f"this is {model.name_or_path or type(model).__name__}",
         )
+
+
+def _matrix_faults(linear: Mapping[str, nn.Module], spec: LoraSpec, stored: _Stored) -> list[str]:
+    """Matrices that no layer has a place for, or of other shapes."""
+    faults = [f"the model has no linear layer {name}" for name in stored.matrices if name not in linear]
+    for name in stored.matrices.keys() & linear.keys():
+        (N, K), r = features(linear[name]), spec.at(name).r
+        expected = {"A": (r, K), "B": (N, r), "magnitude": (N,)}
+        faults += _misshapen(name, stored.matrices[name], expected)
+    for name, found in stored.taken.items():
+        if name not in stored.matrices or found.keys() != {"A", "B"} or spec.at(name).r % 2:
+            faults.append(f"what was taken from {name} does not belong to this adapter")
+        elif name in linear:
+            (N, K), r = features(linear[name]), spec.at(name).r // 2
+            faults += _misshapen(name, found, {"A": (r, K), "B": (N, r)})
+    return faults
+
+
+def _beside_faults(model: PreTrainedModel, spec: LoraSpec, stored: _Stored) -> list[str]:
+    """Modules that trained whole and are not in the file, or have other parts than this model's."""
+    faults = [
+        f"it lacks {each}, which its settings name"
+        for each in spec.modules_to_save
+        if not any(name.endswith(each) for name in stored.beside)
+    ]
+    for name, found in stored.beside.items():
+        parts = {part: tuple(t.shape) for part, t in model.get_submodule(name).state_dict().items()}
+        if found.keys() != parts.keys():
+            faults.append(f"{name} has {', '.join(found)}, expected {', '.join(parts)}")
+        else:
+            faults += _misshapen(name, found, parts)
+    return faults
+
+
+def _misshapen(
+    name: str, found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    return [
+        f"{part} of {name} is {tensor.shape}, expected {expected[part]}"
+        for part, tensor in found.items()
+        if tensor.shape != expected[part]
+    ]
 
 
 def _targeted(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.model.attention import NAME
+from halfbyte.model.beside import trained_modules
 from halfbyte.model.documents import documents_of
 from halfbyte.model.functions import run_layer
 from halfbyte.model.keep import KeepPlan, plan_keeps
@@ -235,6 +236,8 @@ def _known_family(layer: nn.Module) -> Family:
 
 def _why_not(layer: nn.Module, family: Family) -> str:
     """Why a layer cannot be fused as it is built; empty if it can."""
+    if trained_modules(layer):
+        return "a module of it trains whole"
     attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
     if type(getattr(mlp, family.activation)).__name__ not in ACTIVATIONS:
         return f"its activation {type(getattr(mlp, family.activation)).__name__} is none of {', '.join(ACTIVATIONS)}"
@@ -251,6 +254,8 @@ def _why_not(layer: nn.Module, family: Family) -> str:
         return "weights of the base are trained"
     linear = [getattr(attention, name) for name in (*family.qkv, family.out)]
     linear += [getattr(mlp, name) for name in (*family.up, family.down)]
+    if any(isinstance(module, LoraLinear) and module.rescales for module in linear):
+        return "DoRA rescales its projections"
     if any(projection_of(module) is None for module in linear):
         return "one of its projections is no plain linear layer"
     return ""
@@ -281,7 +286,7 @@ def _drops(layer: nn.Module, attention: nn.Module) -> bool:
 def _branch_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     for module in layer.modules():
         if isinstance(module, LoraLinear):
-            yield from (module.lora_A, module.lora_B)
+            yield from module.parameters(recurse=False)
 
 
 def _layer(layer: nn.Module, family: Family) -> Layer:

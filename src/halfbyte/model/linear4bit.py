@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels import ops
-from halfbyte.quant.weight import Weight4bit, WeightParts
+from halfbyte.quant.weight import QuantSpec, Scales, Weight4bit, WeightParts
 
 _PARTS = ("codes", "scales", "codebook", "nested_scales", "nested_codebook", "offset")
 
@@ -28,6 +28,7 @@ class Linear4bit(nn.Module):
         weight: The quantised (N, K) weight.
         bias: (N,) or None; frozen with the rest.
         from_conv1d: Whether the layer it replaces stored its weight as (K, N), as GPT-2's do.
+        scales: How the scales were found, and will be when the layer is to hold another weight.
     """
 
     codes: Tensor
@@ -37,8 +38,16 @@ class Linear4bit(nn.Module):
     nested_codebook: Tensor | None
     offset: Tensor | None
 
-    def __init__(self, weight: Weight4bit, bias: Tensor | None = None, *, from_conv1d: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Weight4bit,
+        bias: Tensor | None = None,
+        *,
+        from_conv1d: bool = False,
+        scales: Scales = "absmax",
+    ) -> None:
         super().__init__()
+        self._found_scales = scales
         self.out_features, self.in_features = weight.shape
         self.from_conv1d = from_conv1d
         self._dtype, self._format, self._blocksize = weight.dtype, weight.format, weight.blocksize
@@ -57,6 +66,18 @@ class Linear4bit(nn.Module):
             blocksize=self._blocksize,
             **{name: getattr(self, name) for name in _PARTS},
         )
+
+    @property
+    def quantization(self) -> QuantSpec:
+        """How the weight is held."""
+        nested = self.nested_scales is not None
+        return QuantSpec(self._format, self._found_scales, nested, self._blocksize)
+
+    def hold(self, weight: Tensor) -> None:
+        """Hold another (N, K) weight, quantised as the one before."""
+        parts = ops.quantize_4bit(weight, self.quantization).tensors()
+        for name in _PARTS:
+            setattr(self, name, parts.get(name))
 
     @property
     def factor(self) -> WeightParts:
@@ -94,6 +115,24 @@ class Linear4bit(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
         return f"{sizes}, {self._format}, blocksize={self._blocksize}{nested}"
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The (N, K) weight in float32 of a module that `is_linear`; of one in 4 bits, the values it holds."""
+    if isinstance(module, Linear4bit):
+        return ops.dequantize_4bit(module.quantised_weight, torch.float32)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (weight.T if is_conv1d(module) else weight).detach().to(torch.float32)
+
+
+def multiply(module: nn.Module, x: Tensor) -> Tensor:
+    """x (..., K) → x · Wᵀ (..., N) of a module that `is_linear`, without its bias."""
+    if isinstance(module, Linear4bit):
+        return ops.linear_4bit(x, module.quantised_weight, None)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return x @ (weight if is_conv1d(module) else weight.T)
 
 
 def is_linear(module: nn.Module) -> bool:

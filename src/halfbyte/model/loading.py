@@ -25,7 +25,7 @@ from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.skeleton import Slot, build_skeleton, slots
 from halfbyte.model.stored import StoredTensor
 from halfbyte.quant.formats import entry_names, from_bitsandbytes, quantised_names
-from halfbyte.quant.weight import QuantSpec, Weight4bit
+from halfbyte.quant.weight import QuantSpec, Scales, Weight4bit
 
 Progress = Callable[[int, int], None]
 """Called with bytes read so far and bytes in all."""
@@ -240,7 +240,7 @@ def _fill(
             tensor = entry.only.read(buffer if passes_through(entry) else None)
             _check_values(entry, tensor)
             if quantization is not None and entry.slot.linear is not None:
-                _place_4bit(model, entry.slot, _quantise(tensor, entry, quantization))
+                _place_4bit(model, entry.slot, _quantise(tensor, entry, quantization), quantization.scales)
             elif entry.slot.names in filled:
                 _check_tied(entry, filled[entry.slot.names], tensor)
             else:
@@ -308,11 +308,11 @@ def _read_4bit(entry: _Entry) -> Weight4bit:
     return weight
 
 
-def _place_4bit(model: PreTrainedModel, slot: Slot, weight: Weight4bit) -> None:
+def _place_4bit(model: PreTrainedModel, slot: Slot, weight: Weight4bit, scales: Scales = "absmax") -> None:
     """Put a 4-bit layer where a dense one is; its bias may have come already or may still come."""
     name = slot.names[0].removesuffix(".weight")
     dense = model.get_submodule(name)
-    layer = Linear4bit(weight, None, from_conv1d=is_conv1d(dense))
+    layer = Linear4bit(weight, None, from_conv1d=is_conv1d(dense), scales=scales)
     layer.bias = dense._parameters.get("bias")
     model.set_submodule(name, layer.train(dense.training))
 

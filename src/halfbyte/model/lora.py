@@ -6,10 +6,9 @@ It owns the adapted layer, where adapters go and which parameters train; it must
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,95 +18,141 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
 from halfbyte.kernels.linear import DTYPES
+from halfbyte.model.beside import TrainedModule, names_to_train, outside, train_beside, trained_modules
 from halfbyte.model.functions import run_projection
-from halfbyte.model.linear4bit import Linear4bit, features, is_linear
+from halfbyte.model.linear4bit import Linear4bit, dense_weight, features, is_conv1d, is_linear, multiply
+from halfbyte.model.lora_init import INITS, Pair, Site
+from halfbyte.model.lora_spec import ALL_LINEAR, DECOMPOSING, LoraSpec, matches, matches_pattern
+from halfbyte.model.originals import Originals
 from halfbyte.model.projection import Branch, Projection
-
-ALL_LINEAR: Literal["all-linear"] = "all-linear"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSpec:
-    """What adapters are added, and where.
-
-    Attributes:
-        r: Rank of the two matrices, ≥ 1.
-        alpha: The branch is scaled by alpha / r.
-        dropout: Probability with which an input of the branch is zeroed in training, 0 ≤ dropout < 1.
-        target_modules: `all-linear` is every linear layer but the output head; else names, each a module's
-            full name or the end of it after a dot.
-        rank_stabilised: Scale by alpha / √r instead.
-
-    Raises:
-        ModelError: HB321 naming every value out of range.
-
-    Source: LoRA (arXiv 2106.09685), section 4.1; rank-stabilised: arXiv 2312.03732.
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: Literal["all-linear"] | Sequence[str] = ALL_LINEAR
-    rank_stabilised: bool = False
-
-    def __post_init__(self) -> None:
-        faults = []
-        if self.r < 1:
-            faults.append(f"r is {self.r}, expected at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            faults.append(f"dropout is {self.dropout}, expected 0 ≤ dropout < 1")
-        if not math.isfinite(self.alpha):
-            faults.append(f"alpha is {self.alpha}, expected a finite number")
-        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            faults.append(
-                f"target_modules is {self.target_modules!r}, expected {ALL_LINEAR!r} or a list of names"
-            )
-        if faults:
-            raise ModelError("HB321", "; ".join(faults), where="lora", fix="correct the values named")
-
-    @property
-    def scale(self) -> float:
-        """Factor of the branch."""
-        return self.alpha / (math.sqrt(self.r) if self.rank_stabilised else self.r)
 
 
 class LoraLinear(nn.Module):
     """`y = base(x) + s · (dropout(x) · Aᵀ) · Bᵀ`, the branch computed in x's dtype.
 
-    A (R, K) and B (N, R) are float32 parameters, so that small updates are not lost; B starts at zero, so
-    that the layer starts as its base.
+    With DoRA each output is scaled besides: `y = m / ‖W + s · B · A‖ · (x · Wᵀ + s · (x · Aᵀ) · Bᵀ) + b`, the norm
+    of each row taken as a constant.
+
+    A (R, K), B (N, R) and m (N,) are float32 parameters, so that small updates are not lost. Where the adapter
+    began with something other than zero, the base holds what is left, and `start` is what makes it whole.
 
     Args:
-        base: A linear layer of (N, K), in 4 bits or more; it stays as it is.
-        spec: Rank, scale and dropout.
-        generator: Source of A's first values; None leaves A to be filled.
+        base: A linear layer of (N, K), in 4 bits or more; its weight changes only where `spec.init` says so.
+        spec: Rank, scale, dropout and beginning.
+        generator: Source of the first values; None leaves A and B zero, to be filled.
+        original: Makes the weight (N, K) in float32 that the base was made from; None is the base's own.
     """
 
-    def __init__(self, base: nn.Module, spec: LoraSpec, generator: torch.Generator | None = None) -> None:
+    origin: Literal["stored", "dequantised"]
+    """What a 4-bit base was made from when the adapter began: the folder's weight, or its own values."""
+    start_a: Tensor | None
+    start_b: Tensor | None
+    taken_a: Tensor | None
+    taken_b: Tensor | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        spec: LoraSpec,
+        generator: torch.Generator | None = None,
+        original: Callable[[], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         N, K = features(base)
         device = next(t for t in (*base.buffers(), *base.parameters())).device
         self.base = base
         self.spec = spec
         self.enabled = True
+        self.origin = "stored" if original else "dequantised"
         self.lora_A = nn.Parameter(torch.zeros(spec.r, K, device=device))
         self.lora_B = nn.Parameter(torch.zeros(N, spec.r, device=device))
+        for name in ("start_a", "start_b", "taken_a", "taken_b"):
+            self.register_buffer(name, None, persistent=False)
         if generator is not None:
-            first = torch.empty(spec.r, K)
-            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
-            self.lora_A.data.copy_(first)
+            self._begin(generator, original or partial(dense_weight, base))
+        self.magnitude = nn.Parameter(self._row_norms()) if spec.dora else None
+
+    @property
+    def start(self) -> Pair | None:
+        """The pair that with the base makes the original weight; None where the base does so alone."""
+        return None if self.start_a is None or self.start_b is None else Pair(self.start_a, self.start_b)
+
+    @property
+    def taken(self) -> Pair | None:
+        """The pair that was taken from the original weight before the base held it in 4 bits."""
+        return None if self.taken_a is None or self.taken_b is None else Pair(self.taken_a, self.taken_b)
+
+    @property
+    def rescales(self) -> bool:
+        """Whether DoRA has a hand in the output."""
+        return self.enabled and self.magnitude is not None
+
+    def rest_on(self, start: Pair, taken: Pair, weight: Tensor) -> None:
+        """Let the base hold a weight (N, K) from which `taken` was taken, and which `start` makes whole."""
+        device = self.lora_A.device
+        self.start_a, self.start_b = (t.clone().to(device) for t in start)
+        if isinstance(self.base, Linear4bit):
+            self.base.hold(weight)
+            self.taken_a, self.taken_b = (t.clone().to(device) for t in taken)
+            return
+        held = self.base.weight
+        assert isinstance(held, Tensor)
+        turned = weight.T.contiguous() if is_conv1d(self.base) else weight
+        # A new parameter: the old one may be shared with an embedding.
+        self.base.weight = nn.Parameter(turned.to(held.device, held.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Base and branch: x (..., K) → (..., N)."""
         projection = projection_of(self)
         if projection is not None and _computes(projection, x):
             return run_projection(projection, x)
+        if self.enabled and self.magnitude is not None:
+            return self._scaled(x, self.magnitude)
         y: Tensor = self.base(x)
-        if not self.enabled:
+        pair = Pair(self.lora_A, self.lora_B) if self.enabled else self.start
+        if pair is None:
             return y
-        dropped = F.dropout(x, self.spec.dropout, self.training)
-        reduced = F.linear(dropped, self.lora_A.to(x.dtype))  # (..., R)
-        return y + self.spec.scale * F.linear(reduced, self.lora_B.to(x.dtype))
+        return y + self._branch(F.dropout(x, self.spec.dropout, self.training and self.enabled), pair)
+
+    def _scaled(self, x: Tensor, magnitude: Tensor) -> Tensor:
+        """DoRA's output; dropout is before the change only, so the plain product of the base stays in.
+
+        Source: DoRA (arXiv 2402.09353), equation 5 and section 4.3; `DoraLinearLayer` of PEFT.
+        """
+        norms = self._row_norms()  # (N,)
+        # A row of zeros, as pruned models have, has no direction to keep: until it gets one its branch is as it is.
+        factor = torch.where(norms > 0, magnitude / norms.where(norms > 0, 1.0), 1.0)
+        plain = inner = multiply(self.base, x)
+        dropped = x
+        if self.training and self.spec.dropout:
+            dropped = F.dropout(x, self.spec.dropout)
+            inner = multiply(self.base, dropped)
+        change = (factor - 1).to(x.dtype) * inner
+        y: Tensor = plain + change
+        y = y + factor.to(x.dtype) * self._branch(dropped, Pair(self.lora_A, self.lora_B))
+        return y + self.base.bias if isinstance(self.base.bias, Tensor) else y
+
+    def _branch(self, x: Tensor, pair: Pair) -> Tensor:
+        """s · (x · Aᵀ) · Bᵀ, (..., N)."""
+        reduced = F.linear(x, pair.A.to(x.dtype))  # (..., R)
+        return self.spec.scale * F.linear(reduced, pair.B.to(x.dtype))
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """‖W + s · B · A‖ of each row, (N,) float32."""
+        weight = dense_weight(self.base) + self.spec.scale * (self.lora_B @ self.lora_A)
+        norms: Tensor = torch.linalg.norm(weight, dim=1)
+        return norms
+
+    @torch.no_grad()
+    def _begin(self, generator: torch.Generator, original: Callable[[], Tensor]) -> None:
+        """Fill A and B as the settings say, and the base with what is left."""
+        quantization = self.base.quantization if isinstance(self.base, Linear4bit) else None
+        start = INITS[self.spec.init](Site(features(self.base), self.spec, generator, original, quantization))
+        self.lora_A.copy_(start.matrices.A)
+        self.lora_B.copy_(start.matrices.B)
+        if start.taken is not None and start.weight is not None:
+            self.rest_on(start.matrices, start.taken, start.weight)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
@@ -117,14 +162,18 @@ class LoraLinear(nn.Module):
 def projection_of(module: nn.Module) -> Projection | None:
     """A linear layer as the fused kernels take it, with its branch where it is adapted; None for what they do not.
 
-    They take frozen weights, in 4 bits or dense (N, K).
+    They take frozen weights, in 4 bits or dense (N, K), and no DoRA.
     """
     branch, base = None, module
     if isinstance(module, LoraLinear):
         base = module.base
+        if module.rescales:
+            return None
         if module.enabled:
             dropout = module.spec.dropout if module.training else 0.0
             branch = Branch(module.lora_A, module.lora_B, module.spec.scale, dropout)
+        elif module.start is not None:
+            branch = Branch(*module.start, module.spec.scale)
     if isinstance(base, Linear4bit):
         return Projection(base.factor, base.bias, branch)
     if type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters()):
@@ -147,18 +196,66 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:
     Args:
         model: A transformers model, in 4 bits or not, without adapters.
         spec: What to add, and where.
-        seed: Decides A's first values; the same seed gives the same adapters, whatever happened before.
+        seed: Decides random first values; the same seed gives the same adapters, whatever happened before.
 
     Returns:
         Names of the adapted modules, in the model's order.
 
     Raises:
         ModelError: HB320 naming each target that matches no linear layer, HB322 when there are adapters
-            already.
+            already, HB340 when `spec.init` needs original weights that are not there, HB341 when it asks for more
+            than a layer has, HB342 for modules that cannot train whole, HB343 naming each pattern that means no
+            adapted layer.
     """
     names = target_names(model, spec)
-    wrap(model, dict.fromkeys(names, spec), torch.Generator().manual_seed(seed))
+    beside = names_to_train(model, list(spec.modules_to_save))
+    names = outside(names, beside)
+    if not names:
+        raise ModelError(
+            "HB320",
+            "every target lies inside a module that trains whole",
+            where="lora.modules_to_save",
+            fix="name fewer modules there, or use method full",
+        )
+    _refuse_unused_patterns(spec, names)
+    specs = {name: spec.at(name) for name in names}
+    if spec.init in DECOMPOSING:
+        _refuse_ranks(model, specs)
+    wrap(model, specs, torch.Generator().manual_seed(seed))
+    train_beside(model, beside)
     return names
+
+
+def _refuse_unused_patterns(spec: LoraSpec, names: list[str]) -> None:
+    unused = [
+        pattern
+        for pattern in (*spec.rank_pattern, *spec.alpha_pattern)
+        if not any(matches_pattern(name, pattern) for name in names)
+    ]
+    if unused:
+        raise ModelError(
+            "HB343",
+            f"{', '.join(map(repr, unused))} means no adapted layer",
+            where="lora.rank_pattern, lora.alpha_pattern",
+            fix=f"the adapted layers end in {', '.join(sorted({n.rpartition('.')[2] for n in names}))}",
+        )
+
+
+def _refuse_ranks(model: nn.Module, specs: dict[str, LoraSpec]) -> None:
+    """A matrix of (N, K) has no more singular vectors than the smaller of the two."""
+    faults = [
+        f"{name} has {most}, r is {spec.r}"
+        for name, spec in specs.items()
+        if spec.r > (most := min(features(model.get_submodule(name))))
+    ]
+    if faults:
+        init = next(iter(specs.values())).init
+        raise ModelError(
+            "HB341",
+            f"{init} takes r singular vectors: {', '.join(faults[:5])}",
+            where="lora.init",
+            fix="lower lora.r, or give these layers a lower rank by lora.rank_pattern",
+        )
 
 
 def target_names(model: PreTrainedModel, spec: LoraSpec) -> list[str]:
@@ -200,18 +297,42 @@ def wrap(model: PreTrainedModel, specs: dict[str, LoraSpec], generator: torch.Ge
     Args:
         model: A model without adapters.
         specs: Module name → its adapter.
-        generator: Source of the first values of A, in the order of `specs`; None leaves them zero.
+        generator: Source of the first values, in the order of `specs`; None leaves them zero.
 
     Raises:
-        ModelError: HB322 when there are adapters already.
+        ModelError: HB322 when there are adapters already, HB340 when original weights are not there.
     """
     refuse_adapted(model)
+    originals = _originals(model, specs) if generator is not None else {}
     model.requires_grad_(False)
     for name, spec in specs.items():
         base = model.get_submodule(name)
-        adapted = LoraLinear(base, spec, generator)
+        adapted = LoraLinear(base, spec, generator, originals.get(name))
         adapted.train(base.training)
         model.set_submodule(name, adapted)
+
+
+def _originals(model: PreTrainedModel, specs: dict[str, LoraSpec]) -> dict[str, Callable[[], Tensor]]:
+    """What reads the weights that 4-bit layers were made from, where their beginning asks for them.
+
+    PiSSA decomposes any weight, so without an original it takes what the layer holds.
+    """
+    originals = Originals(model)
+    sources: dict[str, Callable[[], Tensor]] = {}
+    for name, spec in specs.items():
+        base = model.get_submodule(name)
+        if spec.init in DECOMPOSING and isinstance(base, Linear4bit):
+            source = originals.source(name, base)
+            if source is not None:
+                sources[name] = source
+            elif spec.init == "loftq":
+                raise ModelError(
+                    "HB340",
+                    f"{name} is stored in 4 bits: what quantising lost, which loftq restores, is not there",
+                    where="lora.init",
+                    fix="start from the 16-bit folder, or use pissa or default",
+                )
+    return sources
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -223,11 +344,6 @@ def refuse_adapted(model: nn.Module) -> None:
             where=type(model).__name__,
             fix="load the base model again and add one adapter",
         )
-
-
-def matches(name: str, target: str) -> bool:
-    """PEFT's rule for one name of a list: the full name, or its end after a dot."""
-    return name == target or name.endswith(f".{target}")
 
 
 def adapted_modules(model: nn.Module) -> dict[str, LoraLinear]:
@@ -247,7 +363,10 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: HB322 when the model has no adapter: a comparison with itself would look like no change.
     """
-    layers = list(adapted_modules(model).values())
+    layers: list[LoraLinear | TrainedModule] = [
+        *adapted_modules(model).values(),
+        *trained_modules(model).values(),
+    ]
     if not layers:
         raise ModelError(
             "HB322",

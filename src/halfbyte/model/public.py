@@ -6,7 +6,7 @@ training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.model import adapters, loading, lora
-from halfbyte.model.lora import ALL_LINEAR, LoraSpec
+from halfbyte.model.lora_spec import ALL_LINEAR, Init, LoraSpec
 from halfbyte.model.precision import computing_dtype
 from halfbyte.quant.weight import QuantSpec
 
@@ -60,6 +60,13 @@ def add_lora(
     alpha: float = 32,
     dropout: float = 0.0,
     target_modules: Literal["all-linear"] | Sequence[str] = ALL_LINEAR,
+    rank_stabilised: bool = False,
+    init: Init = "default",
+    init_iterations: int = 1,
+    dora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] = (),
     seed: int = 0,
 ) -> list[str]:
     """Put a trainable LoRA adapter beside linear layers and freeze everything else.
@@ -70,15 +77,37 @@ def add_lora(
         alpha: The adapter's output is scaled by alpha / r.
         dropout: Share of the adapter's inputs set to zero while training.
         target_modules: Every linear layer but the output head, or a list of name endings.
+        rank_stabilised: Scale by alpha / √r instead.
+        init: How the adapter begins: `default` and `gaussian` change nothing yet; `pissa` takes the principal
+            directions out of the base, `loftq` what 4 bits lose of it.
+        init_iterations: Rounds of quantising and decomposing, for `pissa` and `loftq`.
+        dora: Train the length of each row of a weight apart from its direction.
+        rank_pattern: Ranks of single layers: name endings, or regular expressions for them, with a rank each.
+        alpha_pattern: As `rank_pattern`, for alpha.
+        modules_to_save: Name endings of modules that train whole, in float32.
         seed: Decides the first values.
 
     Returns:
         Names of the adapted modules.
 
     Raises:
-        ModelError: HB320 for targets that match nothing, HB321 for bad values, HB322 for a second adapter.
+        ModelError: HB320 for targets that match nothing, HB321 for bad values, HB322 for a second adapter,
+            HB340 to HB343 for what does not fit the model.
     """
-    return lora.add_lora(model, LoraSpec(r, alpha, dropout, target_modules), seed)
+    spec = LoraSpec(
+        r,
+        alpha,
+        dropout,
+        target_modules,
+        rank_stabilised,
+        init,
+        init_iterations,
+        dora,
+        rank_pattern or {},
+        alpha_pattern or {},
+        modules_to_save,
+    )
+    return lora.add_lora(model, spec, seed)
 
 
 def save_adapter(model: PreTrainedModel, folder: str | PathLike[str]) -> None:

@@ -19,7 +19,8 @@ from halfbyte.errors import ConfigError
 from halfbyte.model.adapters import save_adapter
 from halfbyte.model.linear4bit import Linear4bit
 from halfbyte.model.loading import Progress, load
-from halfbyte.model.lora import LoraSpec, add_lora
+from halfbyte.model.lora import add_lora
+from halfbyte.model.lora_spec import LoraSpec
 from halfbyte.model.precision import computing_dtype
 from halfbyte.model.saving import whole_folder
 from halfbyte.quant.weight import QuantSpec
@@ -49,7 +50,7 @@ def make_trainable(model: PreTrainedModel, config: Config) -> None:
     """Add the adapter and freeze the rest; for full, every weight stays trainable.
 
     Raises:
-        ModelError: HB320 to HB322 for adapters that do not fit.
+        ModelError: HB320 to HB322 and HB340 to HB343 for adapters that do not fit.
     """
     if config.method != "full":
         add_lora(model, LoraSpec(**config.lora.model_dump()), config.seed)

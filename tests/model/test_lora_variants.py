@@ -1,0 +1,470 @@
+"""Promises of LoRA's variants: where each starts, what it trains, and that it comes back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.errors import ModelError
+from halfbyte.kernels import ops
+from halfbyte.model.adapters import TAKEN, load_adapter, save_adapter
+from halfbyte.model.beside import trained_modules
+from halfbyte.model.blocks import describe
+from halfbyte.model.linear4bit import Linear4bit, dense_weight
+from halfbyte.model.loading import load
+from halfbyte.model.lora import LoraLinear, adapted_modules, adapters_disabled, add_lora
+from halfbyte.model.lora_init import INITS
+from halfbyte.model.lora_spec import LoraSpec
+from halfbyte.model.saving import save_quantized
+from halfbyte.quant.weight import QuantSpec
+
+Shared = Callable[[str], Path]
+
+# float32 sums of a few dozen products: each of at most 64 roundings of half a unit in the last place.
+FLOAT32_TOLERANCE = 64 * 2.0**-24
+DECOMPOSING = [
+    LoraSpec(8, 12, init="pissa"),
+    LoraSpec(8, 12, init="pissa", init_iterations=5),
+    LoraSpec(8, 12, init="loftq"),
+    LoraSpec(8, 12, init="loftq", init_iterations=5),
+]
+
+
+def name_of(spec: LoraSpec) -> str:
+    return f"{spec.init}-{spec.init_iterations}"
+
+
+def quantised(folder: Path, **settings: Any) -> PreTrainedModel:
+    return load(folder, quantization=QuantSpec(**settings), dtype=torch.float32)
+
+
+def originals(folder: Path) -> dict[str, torch.Tensor]:
+    model = load(folder, quantization=None, dtype=torch.float32)
+    return {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def whole(layer: LoraLinear) -> torch.Tensor:
+    """The (N, K) weight that a layer stands for, its adapter included."""
+    return dense_weight(layer.base) + layer.spec.scale * (layer.lora_B @ layer.lora_A).detach()
+
+
+def errors(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Squared distance of each adapted layer from its original weight."""
+    layers = adapted_modules(model)
+    return {name: float((whole(layer) - weights[name]).square().sum()) for name, layer in layers.items()}
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out: torch.Tensor = model(ids).logits
+    return out
+
+
+def change(model: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+# Beginnings
+
+
+@pytest.mark.parametrize("scales", ["absmax", "mse"])
+def test_decomposing_beginnings_are_nearer_to_the_original_in_every_layer(
+    shared: Shared, scales: str
+) -> None:
+    folder = shared("models/base-11m")
+    weights = originals(folder)
+    found = {}
+    for spec in (LoraSpec(8, 12), *DECOMPOSING):
+        model = quantised(folder, scales=scales)
+        add_lora(model, spec, seed=0)
+        found[name_of(spec)] = errors(model, weights)
+    plain = found.pop("default-1")
+    for name, each in found.items():
+        assert each.keys() == plain.keys()
+        assert all(each[layer] < plain[layer] for layer in plain), name
+    total = {name: sum(each.values()) / sum(plain.values()) for name, each in found.items()}
+    print(f"\n{scales}: squared weight error over that of plain NF4: ", total)
+    assert total["pissa-5"] < total["pissa-1"]
+    assert total["loftq-5"] < total["loftq-1"]
+
+
+@pytest.mark.parametrize("spec", DECOMPOSING, ids=name_of)
+def test_the_same_weights_begin_with_the_same_bits(stories: Path, spec: LoraSpec) -> None:
+    first, second = quantised(stories), quantised(stories)
+    for model in (first, second):
+        add_lora(model, spec, seed=0)
+    assert torch.equal(logits(first), logits(second))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gaussian_is_one() -> None:
+    layer = LoraLinear(nn.Linear(400, 7), LoraSpec(50, init="gaussian"), torch.Generator().manual_seed(0))
+    assert not layer.lora_B.any()
+    assert (
+        abs(float(layer.lora_A.detach().std()) * 50 - 1) < 0.02
+    )  # 20,000 values: the deviation is known to 0.5 %
+
+
+def test_a_base_that_others_share_is_not_changed_for_them(shared: Shared) -> None:
+    model = load(shared("models/base-11m"), quantization=None, dtype=torch.float32)
+    embedding = model.get_input_embeddings().weight
+    before = embedding.clone()
+    assert model.lm_head.weight is embedding
+    add_lora(model, LoraSpec(4, target_modules=["lm_head"], init="pissa"), seed=0)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    assert not torch.equal(model.lm_head.base.weight, before)
+
+
+def test_without_its_adapter_a_model_is_nearer_to_the_original(shared: Shared) -> None:
+    folder = shared("models/base-11m")
+    exact = logits(load(folder, quantization=None, dtype=torch.float32))
+    plain = quantised(folder)
+    far = (logits(plain) - exact).square().mean()
+    add_lora(plain, LoraSpec(16, init="pissa", init_iterations=5), seed=0)
+    change(plain)
+    with adapters_disabled(plain):
+        near = (logits(plain) - exact).square().mean()
+    assert near < far
+
+
+def test_every_beginning_that_a_setting_can_name_exists() -> None:
+    from halfbyte.settings import LoraConfig
+
+    choices = LoraConfig.model_json_schema()["properties"]["init"]["enum"]
+    assert choices == list(INITS)
+
+
+# Files of adapters that hold a part of the weight
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("spec", DECOMPOSING, ids=name_of)
+def test_a_4_bit_base_is_made_again_to_the_bit(
+    stories: Path, tmp_path: Path, spec: LoraSpec, dora: bool
+) -> None:
+    model = quantised(stories, scales="mse")
+    add_lora(model, LoraSpec(3, 5, init=spec.init, init_iterations=spec.init_iterations, dora=dora), seed=0)
+    change(model)
+    save_adapter(model, tmp_path / "adapter", base="b")
+    back = load(
+        stories,
+        quantization=QuantSpec(scales="mse"),
+        dtype=torch.float32,
+        adapter=tmp_path / "adapter",
+    )
+    assert torch.equal(logits(back), logits(model))
+    with adapters_disabled(back), adapters_disabled(model):
+        assert torch.equal(logits(back), logits(model))
+    save_adapter(back, tmp_path / "again", base="b")
+    for file in (tmp_path / "adapter").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("spec", DECOMPOSING, ids=name_of)
+def test_on_the_original_weights_an_adapter_is_the_same_change(
+    stories: Path, tmp_path: Path, spec: LoraSpec, stabilised: bool
+) -> None:
+    model = quantised(stories)
+    weights = originals(stories)
+    add_lora(
+        model,
+        LoraSpec(3, 5, init=spec.init, init_iterations=spec.init_iterations, rank_stabilised=stabilised),
+        seed=0,
+    )
+    lost = {name: weights[name] - whole(layer) for name, layer in adapted_modules(model).items()}
+    change(model)
+    save_adapter(model, tmp_path / "adapter", base="b")
+    dense = load(stories, quantization=None, dtype=torch.float32, adapter=tmp_path / "adapter")
+    for name, layer in adapted_modules(dense).items():
+        expected = whole(adapted_modules(model)[name]) + lost[name]
+        assert (whole(layer) - expected).abs().max() <= FLOAT32_TOLERANCE * expected.abs().max()
+    assert not list(tmp_path.glob("adapter/*/*"))
+
+
+def test_pissa_takes_a_stored_4_bit_weight_as_it_is(stories: Path, tmp_path: Path) -> None:
+    save_quantized(quantised(stories), tmp_path / "4bit")
+    model = load(tmp_path / "4bit", quantization=None, dtype=torch.float32)
+    held = {n: dense_weight(m) for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    add_lora(model, LoraSpec(8, init="pissa", init_iterations=3), seed=0)
+    for name, layer in adapted_modules(model).items():
+        far = float((whole(layer) - held[name]).norm() / held[name].norm())
+        assert far < 0.08, "4 bits are off by a tenth, and the branch has what is largest"
+    change(model)
+    save_adapter(model, tmp_path / "adapter", base="b")
+    back = load(tmp_path / "4bit", quantization=None, dtype=torch.float32, adapter=tmp_path / "adapter")
+    assert torch.equal(logits(back), logits(model))
+    with pytest.raises(ModelError, match="HB344"):
+        load_adapter(quantised(stories), tmp_path / "adapter")
+
+
+def test_an_adapter_of_16_bit_weights_is_refused_beside_stored_4_bits(stories: Path, tmp_path: Path) -> None:
+    model = quantised(stories)
+    save_quantized(model, tmp_path / "4bit")
+    add_lora(model, LoraSpec(4, init="loftq"), seed=0)
+    save_adapter(model, tmp_path / "adapter", base="b")
+    stored = load(tmp_path / "4bit", quantization=None, dtype=torch.float32)
+    with pytest.raises(ModelError, match="HB344"):
+        load_adapter(stored, tmp_path / "adapter")
+    assert not adapted_modules(stored)
+
+
+def test_what_was_taken_is_checked(stories: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = quantised(stories)
+    add_lora(model, LoraSpec(4, init="pissa"), seed=0)
+    save_adapter(model, tmp_path, base="b")
+    good = load_file(tmp_path / TAKEN)
+    key = "stored.model.layers.0.self_attn.q_proj.lora_A"
+    for code, tensors in (
+        ("HB323", {**good, "something": torch.ones(1)}),
+        ("HB325", {name: tensor for name, tensor in good.items() if name != key}),
+        ("HB325", {**good, key: torch.ones(3, 64)}),
+        ("HB325", {**good, "stored.lm_head.lora_A": torch.ones(4, 64)}),
+        ("HB311", {**good, key: good[key] * torch.nan}),
+    ):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / TAKEN)
+        untouched = quantised(stories)
+        with pytest.raises(ModelError, match=code):
+            load_adapter(untouched, tmp_path)
+        assert not adapted_modules(untouched)
+
+
+# What cannot begin
+
+
+def test_loftq_without_original_weights_is_refused(stories: Path, tmp_path: Path) -> None:
+    save_quantized(quantised(stories), tmp_path / "4bit")
+    stored = load(tmp_path / "4bit", quantization=None, dtype=torch.float32)
+    with pytest.raises(ModelError, match="HB340.*stored in 4 bits"):
+        add_lora(stored, LoraSpec(4, init="loftq"), seed=0)
+    assert not adapted_modules(stored)
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_a_folder_that_is_gone_is_named(stories: Path, tmp_path: Path, init: Any) -> None:
+    shutil.copytree(stories, tmp_path / "model")
+    model = quantised(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ModelError, match="HB340") as caught:
+        add_lora(model, LoraSpec(4, init=init), seed=0)
+    assert str(tmp_path / "model") in caught.value.where
+    assert not adapted_modules(model)
+
+
+def test_a_folder_with_other_weights_is_named(stories: Path, shared: Shared) -> None:
+    model = quantised(stories)
+    for other, named in (("models/base-11m", "its layer"), ("models/capp-gpt-hf", "there is no")):
+        model.config.name_or_path = model.name_or_path = str(shared(other))
+        with pytest.raises(ModelError, match="HB340") as caught:
+            add_lora(model, LoraSpec(4, init="pissa"), seed=0)
+        assert named in caught.value.what
+
+
+def test_a_rank_beyond_the_layer_is_refused(stories: Path) -> None:
+    model = quantised(stories)
+    with pytest.raises(ModelError, match="HB341.*k_proj has 32, r is 33"):
+        add_lora(model, LoraSpec(33, init="pissa"), seed=0)
+    assert not adapted_modules(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"init": "orthogonal"}, "init is 'orthogonal'"),
+        ({"init_iterations": 0, "init": "pissa"}, "init_iterations is 0"),
+        ({"init_iterations": 2}, "only pissa and loftq read"),
+        ({"init": "loftq", "alpha": -1}, "alpha is -1"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern of q_proj is 0"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern of q_proj is nan"),
+        ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
+    ],
+)
+def test_settings_that_mean_nothing_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError, match="HB321") as caught:
+        LoraSpec(**settings)
+    assert named in caught.value.what
+
+
+# Patterns
+
+
+def test_patterns_decide_rank_and_scale_of_the_layers_they_mean(stories: Path) -> None:
+    model = quantised(stories)
+    spec = LoraSpec(
+        4, 8, rank_pattern={"q_proj": 2, r"layers\.[01]\.mlp\..*": 3}, alpha_pattern={"proj": 1, "up_proj": 6}
+    )
+    with pytest.raises(ModelError, match="HB343.*'proj'"):
+        add_lora(model, spec, seed=0)
+    spec = LoraSpec(4, 8, rank_pattern=spec.rank_pattern, alpha_pattern={"up_proj": 6})
+    add_lora(model, spec, seed=0)
+    ranks = {name: layer.lora_A.shape[0] for name, layer in adapted_modules(model).items()}
+    scales = {name: layer.spec.scale for name, layer in adapted_modules(model).items()}
+    assert (ranks["model.layers.4.self_attn.q_proj"], scales["model.layers.4.self_attn.q_proj"]) == (2, 4.0)
+    assert (ranks["model.layers.1.mlp.up_proj"], scales["model.layers.1.mlp.up_proj"]) == (3, 2.0)
+    assert (ranks["model.layers.2.mlp.up_proj"], scales["model.layers.2.mlp.up_proj"]) == (4, 1.5)
+    assert all(kind.fused for kind in describe(model))
+
+
+# DoRA
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["4bit", "linear", "conv1d"])
+def test_dora_s_output_and_gradients_are_those_of_the_formula(kind: str, dropout: float) -> None:
+    N, K = 7, 10
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(N, K, generator=generator), torch.randn(N, generator=generator)
+    base: nn.Module = nn.Linear(K, N) if kind == "linear" else Conv1D(N, K)
+    if kind == "4bit":
+        base = Linear4bit(ops.quantize_4bit(weight), bias)
+    else:
+        base.weight.data.copy_(weight if kind == "linear" else weight.T)  # type: ignore[operator, union-attr]
+        base.bias.data.copy_(bias)  # type: ignore[operator, union-attr]
+    base.requires_grad_(False)
+    W = dense_weight(base).double()
+    layer = LoraLinear(base, LoraSpec(3, 5, dropout=dropout, dora=True), generator)
+    assert layer.magnitude is not None
+    assert torch.allclose(layer.magnitude.double(), W.norm(dim=1))
+    layer.lora_B.data.normal_(generator=generator)
+    layer.magnitude.data += 0.3
+    x = torch.randn(2, 5, K, generator=generator, requires_grad=True)
+    upstream = torch.randn(2, 5, N, generator=generator)
+    torch.manual_seed(9)
+    y = layer(x)
+    y.backward(upstream)
+
+    A, B, m, X = (
+        t.detach().double().requires_grad_() for t in (layer.lora_A, layer.lora_B, layer.magnitude, x)
+    )
+    torch.manual_seed(9)
+    dropped = X * F.dropout(torch.ones_like(x), dropout).double()
+    norm = (W + 5 / 3 * B @ A).norm(dim=1).detach()
+    expected = X @ W.T + bias.double() + (m / norm - 1) * (dropped @ W.T)
+    expected = expected + m / norm * 5 / 3 * (dropped @ A.T @ B.T)
+    expected.backward(upstream.double())
+    pairs = ((y, expected), (layer.lora_A.grad, A.grad), (layer.lora_B.grad, B.grad), (x.grad, X.grad))
+    for got, wanted in (*pairs, (layer.magnitude.grad, m.grad)):
+        assert got is not None
+        assert wanted is not None
+        assert (got - wanted).abs().max() <= FLOAT32_TOLERANCE * wanted.abs().max()
+
+
+def test_layers_with_dora_run_unfused_and_are_named(stories: Path) -> None:
+    model = quantised(stories)
+    add_lora(
+        model, LoraSpec(4, target_modules=["model.layers.1.self_attn.q_proj", "up_proj"], dora=True), seed=0
+    )
+    assert {(kind.fused, kind.why) for kind in describe(model)} == {(False, "DoRA rescales its projections")}
+    with adapters_disabled(model):
+        assert all(kind.fused for kind in describe(model))
+    some = quantised(stories)
+    add_lora(some, LoraSpec(4, target_modules=["model.layers.1.self_attn.q_proj"], dora=True), seed=0)
+    assert [(kind.layers, kind.fused) for kind in describe(some)] == [(4, True), (1, False)]
+
+
+def test_a_row_of_zeros_can_learn_under_dora() -> None:
+    base = nn.Linear(10, 3, bias=False).requires_grad_(False)
+    base.weight[1] = 0
+    layer = LoraLinear(base, LoraSpec(2, dora=True), torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layer(x), base(x))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (layer(x)[:, 1] - 1).square().sum().backward()
+        optimizer.step()
+    y = layer(x)
+    assert y.isfinite().all()
+    assert y[:, 1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_dora_answers_as_its_base_and_all_of_it_trains(stories: Path, dtype: torch.dtype) -> None:
+    model = load(stories, quantization=QuantSpec(), dtype=dtype)
+    before = logits(model)
+    add_lora(model, LoraSpec(4, dora=True), seed=0)
+    # One rounding of the product, and one of the bias, in each of 35 layers.
+    assert (logits(model) - before).abs().max() <= 35 * torch.finfo(dtype).eps * before.abs().max()
+    model.train()
+    ids = torch.arange(12)[None]
+    for _ in range(2):  # A has no gradient while B is zero
+        model(ids, labels=ids).loss.backward()
+        change(model)
+    for layer in adapted_modules(model).values():
+        for parameter in layer.parameters(recurse=False):
+            assert parameter.grad is not None
+            assert parameter.dtype == torch.float32
+            assert parameter.grad.any()
+
+
+# Modules that train whole
+
+
+def test_modules_train_whole_in_float32_beside_a_frozen_16_bit_base(stories: Path) -> None:
+    model = load(stories, quantization=QuantSpec(), dtype=torch.bfloat16)
+    before = logits(model)
+    add_lora(model, LoraSpec(4, modules_to_save=["lm_head", "embed_tokens", "model.norm"]), seed=0)
+    beside = trained_modules(model)
+    assert list(beside) == ["model.embed_tokens", "model.norm", "lm_head"]
+    trained = {id(p) for module in beside.values() for p in module.trained.parameters()}
+    matrices = {id(p) for layer in adapted_modules(model).values() for p in layer.parameters(recurse=False)}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained | matrices
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert len(trained) == 3, "embedding and head are one weight no more"
+    # The norm and the head round once less than in bfloat16.
+    assert (logits(model) - before).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * before.abs().max()
+    change(model)
+    assert (logits(model) - before).abs().max() > 0.5
+    with adapters_disabled(model):
+        assert torch.equal(logits(model), before)
+
+
+def test_layers_inside_a_module_that_trains_whole_are_not_adapted(stories: Path) -> None:
+    model = load(stories, quantization=None, dtype=torch.float32)
+    names = add_lora(model, LoraSpec(4, modules_to_save=["layers.0.mlp", "layers.0.mlp.up_proj"]), seed=0)
+    assert list(trained_modules(model)) == ["model.layers.0.mlp"]
+    assert not [name for name in names if "layers.0.mlp" in name]
+    assert "model.layers.1.mlp.up_proj" in names
+    assert [(kind.layers, kind.fused) for kind in describe(model)] == [(1, False), (4, True)]
+
+
+def test_a_model_that_would_train_whole_and_not_be_adapted_is_refused(stories: Path) -> None:
+    model = load(stories, quantization=None, dtype=torch.float32)
+    with pytest.raises(ModelError, match="HB320.*trains whole"):
+        add_lora(model, LoraSpec(4, modules_to_save=["model"]), seed=0)
+    assert not trained_modules(model)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        ("q_proj", "held in 4 bits"),
+        ("mlp", "held in 4 bits"),
+        ("heads", "names no module"),
+        ("act_fn", "no weights"),
+    ],
+)
+def test_what_cannot_train_whole_is_named(stories: Path, wanted: str, named: str) -> None:
+    model = quantised(stories)
+    with pytest.raises(ModelError, match="HB342") as caught:
+        add_lora(model, LoraSpec(4, modules_to_save=["lm_head", wanted]), seed=0)
+    assert wanted in caught.value.what
+    assert named in caught.value.what
+    assert not trained_modules(model)
