@@ -141,11 +141,27 @@ def test_before_and_after_are_measured_on_the_same_items(make: Make) -> None:
         assert len(set(before)) == count
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+VARIED = ("lora.init=pissa", "lora.init_iterations=2", "lora.dora=true", "lora.rank_pattern={q_proj: 2}")
+
+
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [
+        ("full", ()),
+        ("lora", ()),
+        ("qlora", ()),
+        (
+            "lora",
+            ("lora.rank_stabilised=true", "lora.modules_to_save=[lm_head]", "lora.alpha_pattern={q_proj: 9}"),
+        ),
+        ("qlora", VARIED),
+        ("qlora", ("lora.init=loftq", "lora.modules_to_save=[embed_tokens]")),
+    ],
+)
 def test_what_was_saved_measures_as_it_did_when_it_was_trained(
-    make: Make, tmp_path: Path, method: str
+    make: Make, tmp_path: Path, method: str, lora: tuple[str, ...]
 ) -> None:
-    config = make(f"method={method}")
+    config = make(f"method={method}", *lora)
     result = run(config)
     held_out = {item["where"].rpartition(":")[2] for item in _lines(result.folder / "eval/after.loss.jsonl")}
     lines = Path(config.data.train[0]).read_text(encoding="utf-8").splitlines()
@@ -384,9 +400,12 @@ def _cut(config: Config, after: int) -> None:
         run(config, watch=Cut())
 
 
-def test_a_cut_run_goes_on_to_the_same_adapter_and_summary(make: Make, tmp_path: Path) -> None:
-    whole = run(make("train.save_steps=2", f"output_dir={tmp_path / 'whole'}"))
-    config = make("train.save_steps=2")
+@pytest.mark.parametrize("lora", [(), VARIED], ids=["plain", "varied"])
+def test_a_cut_run_goes_on_to_the_same_adapter_and_summary(
+    make: Make, tmp_path: Path, lora: tuple[str, ...]
+) -> None:
+    whole = run(make("train.save_steps=2", f"output_dir={tmp_path / 'whole'}", *lora))
+    config = make("train.save_steps=2", *lora)
     _cut(config, 5)
     resumed = run(config, resume=True)
     weights = "adapter_model.safetensors"

@@ -312,7 +312,7 @@ def _phase(name: str, folder: RunFolder, watch: Watch) -> Iterator[Part]:
 
 
 def _make_ready(model: PreTrainedModel, config: Config) -> None:
-    """What can be refused is refused before anything is measured; a fresh adapter changes no answer."""
+    """Refuse what can be refused before anything is measured; a fresh adapter answers as its base or the original."""
     make_trainable(model, config)
     if config.train.packing:
         prove_isolation(model)  # training proves it again
