@@ -69,6 +69,7 @@ def curve(dtype: str, steps: int) -> list[float]:
             "train": [str(shared("datasets/alpaca/alpaca_en_demo.json"))],
             "eval_fraction": 0.0,
             "max_length": 256,
+            "max_truncated": 1.0,
         },
         "train": {"max_steps": steps, "batch_tokens": 1024, "learning_rate": 2e-3},
     }

@@ -131,7 +131,11 @@ def settings(row: Row, seed: int, quick: bool) -> Config:
         "seed": seed,
         "quantization": dict(row.quantization or {}),
         "lora": {"r": 16, "alpha": 32},
-        "data": {"train": str(shared("datasets/alpaca/alpaca_en_demo.json")), "max_length": 256},
+        "data": {
+            "train": str(shared("datasets/alpaca/alpaca_en_demo.json")),
+            "max_length": 256,
+            "max_truncated": 1.0,
+        },
         "train": {
             "epochs": 2,
             "max_steps": QUICK_STEPS if quick else None,

@@ -20,7 +20,10 @@ from halfbyte import pipeline
 from halfbyte.config import load_config
 from halfbyte.errors import ConfigError, DataError, EvaluateError, ModelError
 from halfbyte.model.documents import whole_rows
+from halfbyte.model.loading import load
+from halfbyte.model.saving import save_quantized
 from halfbyte.pipeline import run
+from halfbyte.quant.weight import QuantSpec
 from halfbyte.report.watch import Watch
 from halfbyte.settings import Config
 from halfbyte.train.display import Display, Silent
@@ -84,6 +87,7 @@ def test_a_run_leaves_all_its_evidence(make: Make) -> None:
         "loss.png",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "adapter/halfbyte.json",
         "eval/before.loss.jsonl",
         "eval/before.answers.jsonl",
         "eval/after.loss.jsonl",
@@ -106,6 +110,8 @@ def test_a_run_leaves_all_its_evidence(make: Make) -> None:
     }
     assert manifest["seed"] == 0
     assert manifest["kernels"]
+    assert manifest["fingerprint"] == _json(result.result / "halfbyte.json")["fingerprint"]
+    assert manifest["fingerprint"]["chat_format"] == manifest["template"] == "plain"
     events = _lines(result.folder / "events.jsonl")
     assert [(e["way"], e["why"]) for e in events if e["event"] == "head"] == [("dense", "")]
     done = [e["event"] for e in events if e.get("state") == "done"]
@@ -176,6 +182,47 @@ def test_what_was_saved_measures_as_it_did_when_it_was_trained(
     assert again.loss is not None
     assert again.loss.loss.value == loss.after.value
     assert loss.after.value < loss.before.value
+
+
+def test_an_adapter_is_measured_with_the_chat_format_it_was_trained_with(make: Make, tmp_path: Path) -> None:
+    result = run(make("train.max_steps=1"), evaluate=False)
+    model = tmp_path / "with_template"
+    shutil.copytree(Path(make().model), model, copy_function=shutil.copyfile)
+    model.chmod(0o755)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", encoding="utf-8"
+    )
+    fast = ("evaluate.exact_match=false",)
+    same = pipeline.evaluate(make(*fast), result.result)
+    assert pipeline.evaluate(make(*fast, f"model={model}", "data.template=plain"), result.result) == same
+    with pytest.raises(ModelError) as caught:
+        pipeline.evaluate(make(*fast, f"model={model}"), result.result)
+    assert caught.value.code == "HB326"
+    assert "the chat format is tokenizer, not plain" in caught.value.what
+
+    def told(*overrides: str) -> str:
+        screen = Console(file=io.StringIO(), width=200)
+        pipeline.evaluate(make(*fast, *overrides), result.result, watch=Watch(screen))
+        return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    allowed = told(f"model={model}", "evaluate.allow_template_mismatch=true")
+    assert "the chat format is tokenizer, not plain" in allowed
+    assert "not checked" not in told()
+    (result.result / "halfbyte.json").unlink()
+    assert "does not say with which chat format and tokenizer it was trained" in told(f"model={model}")
+
+
+def test_a_model_trained_whole_keeps_its_fingerprint_in_4_bits_too(make: Make, tmp_path: Path) -> None:
+    result = run(make("method=full", "train.max_steps=1"), evaluate=False)
+    trained = (result.result / "halfbyte.json").read_bytes()
+    small = tmp_path / "small"
+    save_quantized(load(result.result, quantization=QuantSpec(), dtype=torch.float32), small)
+    assert (small / "halfbyte.json").read_bytes() == trained
+    config = (f"model={small}", "evaluate.exact_match=false")
+    pipeline.evaluate(make(*config))
+    (small / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    with pytest.raises(ModelError, match="HB326.*the chat format is tokenizer, not plain"):
+        pipeline.evaluate(make(*config))
 
 
 def test_the_same_recipe_gives_the_same_bytes(make: Make, tmp_path: Path) -> None:
@@ -323,14 +370,13 @@ def test_rows_the_model_has_no_positions_for_are_refused_before_its_weights_are_
     make: Make, tmp_path: Path
 ) -> None:
     long = [{"text": "The cat ran. " * 200}, *({"text": f"The cat ran {n} times."} for n in range(9))]
-    config = make(
-        "data.max_length=600", "data.eval_fraction=0.3", rows="".join(json.dumps(row) + "\n" for row in long)
-    )
+    settings = ("data.eval_fraction=0.3", "data.max_truncated=1")
+    config = make("data.max_length=600", *settings, rows="".join(json.dumps(row) + "\n" for row in long))
     for attempt in (run, pipeline.rehearse, pipeline.evaluate):
         with pytest.raises(DataError, match=r"HB212[\s\S]*512 tokens[\s\S]*rows\.jsonl:1: it has 600 tokens"):
             attempt(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    pipeline.rehearse(make("data.max_length=512", "data.eval_fraction=0.3"))
+    pipeline.rehearse(make("data.max_length=512", *settings))
 
 
 def test_a_tokenizer_of_another_model_is_refused(

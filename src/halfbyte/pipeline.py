@@ -17,6 +17,7 @@ from halfbyte.config import load_config, refuse_other_settings
 from halfbyte.data.check import CheckedDataset, DataReport, check_overlap, check_rows, split_rows
 from halfbyte.data.containers import row_files
 from halfbyte.data.faults import Reading
+from halfbyte.data.fingerprint import Fingerprint
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
 from halfbyte.data.tokenise import Tokenised, load_tokenizer, padding_id, tokenise_rows
@@ -30,6 +31,7 @@ from halfbyte.kernels import backends
 from halfbyte.model import blocks
 from halfbyte.model.adapters import load_adapter
 from halfbyte.model.files import open_model_folder
+from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.limits import Limits
@@ -65,6 +67,7 @@ class Prepared:
     Attributes:
         tokenizer: The base model's.
         template: Chat format in use.
+        fingerprint: Digests of chat format and tokenizer, kept with what is trained.
         reading: Formats of the files, and the faulty rows that were skipped.
         report: What was counted in the files for training, held-out rows included.
         train: Rows to train on.
@@ -73,6 +76,7 @@ class Prepared:
 
     tokenizer: PreTrainedTokenizerBase
     template: str
+    fingerprint: Fingerprint
     reading: Reading
     report: DataReport
     train: Tokenised
@@ -98,11 +102,13 @@ class Prepared:
 
     def described(self) -> str:
         """The counts in a few words."""
-        facts = [f"{len(self.train.examples):,} to train on, {len(self.held_out.examples):,} held out"]
+        facts = [
+            f"{len(side.examples):,} {name}"
+            + f" ({side.truncated:,} cut at max_length)" * bool(side.truncated)
+            for name, side in (("to train on", self.train), ("held out", self.held_out))
+        ]
         if self.reading.skipped:
             facts.append(f"{len(self.reading.skipped):,} bad rows skipped")
-        if self.truncated:
-            facts.append(f"{self.truncated:,} cut at max_length")
         if self.report.duplicates:
             facts.append(f"{self.report.duplicates:,} duplicates")
         return ", ".join([*facts, f"template {self.template}"])
@@ -168,7 +174,7 @@ def run(
     before = measured("before") if evaluate else None
     _plan_memory(model, rows, config, folder, watch)
 
-    save = saver(model, rows.tokenizer, config)
+    save = saver(model, rows.tokenizer, config, rows.fingerprint)
     display = watch.training(config.train.log_steps)
     held_out = _held_out_loss(subject, rows.held_out, config)
     how = TrainRun(folder.path, save, config.seed, subject.pad_id, autocast, display, checkpoint, held_out)
@@ -212,13 +218,15 @@ def prepare(config: Config) -> Prepared:
         train_rows, held_out_rows = split_rows(checked.rows, data.eval_fraction, config.seed)
     if data.weights is not None:
         train_rows = weigh_rows(train_rows, file_weights(data.train, data.weights), config.seed)
+    how = renderer, data.max_length, data.max_truncated
     return Prepared(
         renderer.tokenizer,
         renderer.template,
+        Fingerprint.of(renderer),
         reading,
         checked.report,
-        tokenise_rows(train_rows, renderer, config.data.max_length),
-        tokenise_rows(held_out_rows, renderer, config.data.max_length),
+        tokenise_rows(train_rows, *how),
+        tokenise_rows(held_out_rows, *how),
     )
 
 
@@ -264,11 +272,12 @@ def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None
         renderer = Renderer(load_tokenizer(config.model), config.data.template)
         reading = Reading(config.data.skip_bad_rows)
         checked = _checked(config.data.eval or config.data.train, config.data, reading)
-        rows = tokenise_rows(checked.rows, renderer, config.data.max_length)
+        rows = tokenise_rows(checked.rows, renderer, config.data.max_length, config.data.max_truncated)
         part.say(f"{len(rows.examples):,} rows, {rows.truncated:,} cut at max_length")
         part.say(f"template {renderer.template}")
     if reading.skipped:
         watch.note(f"{len(reading.skipped):,} bad rows skipped" + listed(list(map(str, reading.skipped))))
+    _check_template([Path(config.model), *([adapter] if adapter else [])], renderer, config, watch)
     with watch.part("load model") as part:
         model = load_base(config, part.progress)
         Limits.of(model).check(rows.examples)
@@ -302,6 +311,20 @@ def _open_folder(
             folder.event("resume", checkpoint=checkpoint.folder.name, refused=refused)
     folder.write_text("config.yaml", config.to_yaml())
     return folder, checkpoint
+
+
+def _check_template(folders: list[Path], renderer: Renderer, config: Config, watch: Watch) -> None:
+    """Refuse, or tell where that is allowed, that model or adapter was trained with other text than is used now."""
+    used = Fingerprint.of(renderer)
+    for folder in folders:
+        told = refuse_other_template(folder, used, allowed=config.evaluate.allow_template_mismatch)
+        if told:
+            watch.note(f"{folder} was {told}.")
+    if len(folders) > 1 and read_fingerprint(folders[-1]) is None:
+        watch.note(
+            f"{folders[-1]} does not say with which chat format and tokenizer it was trained: "
+            "whether they are those in use is not checked."
+        )
 
 
 @contextmanager
@@ -381,6 +404,7 @@ def _manifest(config: Config, rows: Prepared) -> dict[str, Any]:
     facts = {
         "method": config.method,
         "template": rows.template,
+        **rows.fingerprint.as_dict(),
         "kernels": [choice._asdict() for choice in backends.describe()],
     }
     return manifest(__version__, config.seed, Path(config.model), files, facts)

@@ -25,7 +25,20 @@ DataFormat = Literal[
     "kto",
     "classification",
 ]
-TemplateName = Literal["auto", "tokenizer", "chatml", "plain"]
+TemplateName = Literal[
+    "auto",
+    "tokenizer",
+    "chatml",
+    "plain",
+    "llama2",
+    "llama3",
+    "mistral",
+    "gemma",
+    "phi3",
+    "zephyr",
+    "qwen2",
+    "deepseek",
+]
 Schedule = Literal["constant", "linear", "cosine"]
 SEED_LIMIT = 2**32
 
@@ -100,8 +113,11 @@ class DataConfig(_Section):
     """Faulty rows that are left out, counted and listed in bad_rows.jsonl; one more is an error."""
     max_length: int = Field(512, ge=2)
     """Tokens per row; what is longer is cut at the end, and counted."""
+    max_truncated: float = Field(0.05, ge=0, le=1)
+    """Share of the rows, of either side, that may be cut at max_length; more are refused."""
     template: TemplateName = "auto"
-    """Chat format: auto takes the tokenizer's own, else chatml where its tokens exist, else plain."""
+    """Chat format: auto takes the tokenizer's own, else chatml where its tokens exist, else plain; qwen2 is chatml
+    with Qwen2.5's system message where a row brings none."""
 
     @field_validator("weights")
     @classmethod
@@ -194,6 +210,8 @@ class EvaluateConfig(_Section):
     """Answers shown before and after training."""
     bootstrap: int = Field(1000, ge=100)
     """Resamples behind each interval."""
+    allow_template_mismatch: bool = False
+    """Whether `halfbyte eval` measures what was trained with another chat format or tokenizer than is in use."""
 
 
 class Config(_Section):

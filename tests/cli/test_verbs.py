@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -10,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import Result
+from rich.console import Console
+from typer.testing import CliRunner, Result
 
+from halfbyte.cli.app import app
 from halfbyte.cli.consoles import size
 from halfbyte.kernels import native
 from halfbyte.settings import SETTINGS
@@ -137,7 +140,7 @@ def test_data_check_with_a_model_counts_tokens_and_fills_passes(call: Call, rows
     assert facts["passes"]["passes"] * facts["passes"]["rows_per_pass"] == pytest.approx(16)
     assert 0.5 < facts["passes"]["fill"] <= 1.0
     assert facts["cut"] == 0
-    shown = call(*arguments, "data.max_length=12").stdout
+    shown = call(*arguments, "data.max_length=12", "--set", "data.max_truncated=1").stdout
     assert "16 rows cut at max_length" in shown
     # 16 rows of 12 tokens, 3 of which fit: 6 passes, 192 of 240 tokens
     assert "6 of 40 tokens, 80.0% full, 2.7 rows each" in shown
@@ -158,6 +161,81 @@ def test_data_show_shows_what_is_cut(call: Call, rows: Path, model: Path) -> Non
     assert "12 tokens" in shown
     assert "cut at max_length" in shown
     assert "</s>⟧" not in shown
+
+
+@pytest.fixture
+def chat_rows(tmp_path: Path) -> Path:
+    """Three conversations with a system message."""
+    file = tmp_path / "chats.jsonl"
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hi é🙂"),
+        ("assistant", "Hello!"),
+        ("user", "a"),
+        ("assistant", "b"),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = json.dumps({"messages": messages}, ensure_ascii=False)
+    file.write_text(f"{row}\n" * 3, encoding="utf-8")
+    return file
+
+
+def test_data_show_shows_special_tokens_and_counts_them(call: Call, chat_rows: Path, model: Path) -> None:
+    shown = call("data", "show", chat_rows, "--model", model, "-n", "1", "--template", "llama2").stdout
+    assert "template llama2, 3 rows" in shown
+    assert (
+        "<s> [INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi é🙂 [/INST]⟦ Hello! </s>⟧<s> [INST] a [/INST]⟦ b </s>⟧"
+    ) in shown
+    assert re.search(r"chats\.jsonl:1 +\d+ tokens, 4 of them special, \d+ trained\n", shown)
+
+
+def test_data_show_shows_one_row_and_its_ids(call: Call, chat_rows: Path, model: Path) -> None:
+    arguments = ("data", "show", chat_rows, "--model", model, "--template", "zephyr")
+    shown = call(*arguments, "--row", "2", "--tokens").stdout
+    assert "chats.jsonl:2" in shown
+    assert "chats.jsonl:1" not in shown
+    assert "chats.jsonl:3" not in shown
+    cells = re.findall(r"(⟦?)(\d+):('.*?'|\".*?\")⟧?(?=  |\n)", shown)
+    count = int(re.search(r"(\d+) tokens", shown)[1])  # type: ignore[index]
+    trained = int(re.search(r"(\d+) trained", shown)[1])  # type: ignore[index]
+    assert len(cells) == count
+    assert sum(mark == "⟦" for mark, _, _ in cells) == trained
+    assert ("⟦", "2", "'</s>'") in cells
+    refused = call(*arguments, "--row", "4")
+    assert refused.exit_code == 2
+    assert "HB102" in refused.stderr
+    assert "at most 3" in refused.stderr
+
+
+def test_data_show_marks_the_cut(call: Call, chat_rows: Path, model: Path) -> None:
+    arguments = ("data", "show", chat_rows, "--model", model, "-n", "1", "--template", "llama2")
+    whole = call(*arguments).stdout
+    cut = call(*arguments, "--max-length", "60").stdout
+    assert "✂" not in whole
+    assert cut.rstrip().endswith("✂")
+    assert "60 tokens" in cut
+
+
+def test_data_show_uses_colour_on_a_terminal(
+    chat_rows: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    monkeypatch.setattr("halfbyte.cli.data.STDOUT", screen)
+    done = CliRunner().invoke(app, ["data", "show", str(chat_rows), "--model", str(model), "-n", "1"])
+    assert done.exit_code == 0, done.stderr
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "⟦" not in shown
+    assert "\x1b[1;32m" in shown
+    assert "\x1b[2;36m" in shown
+
+
+def test_data_check_refuses_what_training_would(call: Call, chat_rows: Path, model: Path) -> None:
+    arguments = ("data", "check", chat_rows, "--model", model, "--set", "data.max_length=60")
+    refused = call(*arguments)
+    assert refused.exit_code == 2
+    assert "HB221" in refused.stderr
+    assert f"{chat_rows}:3" in refused.stderr
+    assert call(*arguments, "--set", "data.max_truncated=1").exit_code == 0
 
 
 def test_config_schema_lists_every_setting(call: Call) -> None:

@@ -344,3 +344,46 @@ def test_the_data_path_imports_neither_torch_nor_transformers() -> None:
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+def test_a_text_that_begins_twice_is_refused(templated: Templated, chat: Make) -> None:
+    """The template's own BOS is not the first character, so that the tokenizer's comes before it."""
+    template = (
+        "\n{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = templated("llama2-tokenizer", template)
+    rows = [chat("Hi", "Hello", line=1), chat("a", "b", "c", "d", line=2)]
+    with pytest.raises(DataError) as caught:
+        tokenise_rows(rows, Renderer(tokenizer), LONG)
+    assert caught.value.code == "HB220"
+    assert "2 of 2 rows" in caught.value.what
+    assert "rows.jsonl:2: the text begins at token 1 and again at token" in caught.value.what
+    tokenizer.chat_template = template.removeprefix("\n")
+    bos = tokenizer.bos_token_id
+    for example in tokenise_rows(rows, Renderer(tokenizer), LONG).examples:
+        assert example.input_ids.tolist().count(bos) == 1
+    tokenizer.chat_template = template.replace("{{ bos_token }}", "{{ bos_token * 2 }}").removeprefix("\n")
+    with pytest.raises(DataError, match="begins at token 1 and again at token 2"):
+        tokenise_rows(rows, Renderer(tokenizer), LONG)
+
+
+def test_a_text_may_begin_again_once_it_has_ended(templated: Templated, chat: Make, completion: Make) -> None:
+    tokenizer = templated("llama2-tokenizer", "llama2")
+    rows = [chat("a", "b", "c", "d"), completion("<s>1+1=2</s><s>2+2=", "4")]
+    found = tokenise_rows(rows, Renderer(tokenizer), LONG).examples
+    assert [example.input_ids.tolist().count(tokenizer.bos_token_id) for example in found] == [2, 2]
+
+
+def test_more_cut_rows_than_allowed_are_refused_and_named(tokenizers: Tokenizers, completion: Make) -> None:
+    rows = [completion(f"Row {n}:", " yes" * (40 if n % 4 == 0 else 1)) for n in range(20)]
+    renderer = Renderer(tokenizers("base-11m"))
+    assert tokenise_rows(rows, renderer, 20, max_truncated=0.25).truncated == 5
+    assert tokenise_rows(rows, renderer, LONG, max_truncated=0.0).truncated == 0
+    with pytest.raises(DataError) as caught:
+        tokenise_rows(rows, renderer, 20, max_truncated=0.24)
+    assert caught.value.code == "HB221"
+    longest = max(len(e.input_ids) for e in tokenise_rows(rows, renderer, LONG).examples)
+    assert "5 of 20 rows have more than 20 tokens, expected at most 24.0% of them" in caught.value.what
+    assert caught.value.what.count("rows.jsonl:1: ") == 5
+    assert f"the longest row has {longest} tokens" in caught.value.fix

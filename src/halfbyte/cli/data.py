@@ -1,30 +1,26 @@
 """`halfbyte data`: check rows, and look at them as the model sees them.
 
-It owns the verbs' options and how rows look on a terminal; it must not know how rows are read or tokenised.
+It owns the verbs' options and how counts look on a terminal; it must not know how rows are read or tokenised.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halfbyte.cli.consoles import STDOUT, print_json
 from halfbyte.cli.recipe import Json, Set, SkipBadRows
+from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
-
     from halfbyte.data.check import DataReport, Lengths
     from halfbyte.data.faults import Reading
     from halfbyte.data.order import Usage
     from halfbyte.data.row import Row
-    from halfbyte.data.tokenise import Example
     from halfbyte.settings import Config
 
 CHECK_EXAMPLES = (
@@ -36,7 +32,8 @@ CHECK_EXAMPLES = (
 SHOW_EXAMPLES = (
     "[bold]Examples[/]\n\n"
     "halfbyte data show rows.jsonl --model models/base\n\n"
-    "halfbyte data show rows.jsonl --model models/base -n 10 --max-length 1024"
+    "halfbyte data show rows.jsonl --model models/base -n 10 --max-length 1024\n\n"
+    "halfbyte data show rows.jsonl --model models/base --row 7 --tokens --template llama3"
 )
 
 app = typer.Typer(help="Check rows, and look at them.", no_args_is_help=True, rich_markup_mode="rich")
@@ -88,12 +85,15 @@ def show(
     *,
     model: Annotated[str, typer.Option("--model", help="Folder of the model whose tokenizer is used.")],
     count: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 3,
-    template: Annotated[str, typer.Option("--template", help="auto, tokenizer, chatml or plain.")] = "auto",
+    row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row alone, from 1.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show each token with its id.")] = False,
+    template: Annotated[str, typer.Option("--template", help="As data.template: auto, llama3, …")] = "auto",
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens to keep of each row.")] = 512,
     skip_bad_rows: SkipBadRows = None,
     format: Format = "auto",  # noqa: A002
 ) -> None:
     """Show rows as the model sees them; trained tokens in colour, or in ⟦brackets⟧ without colour."""
+    from halfbyte.cli.row_view import print_example
     from halfbyte.data.check import check_rows
     from halfbyte.data.faults import Reading
     from halfbyte.data.read import read_rows
@@ -105,11 +105,16 @@ def show(
     renderer = Renderer(load_tokenizer(model), settings.template)
     reading = Reading(settings.skip_bad_rows)
     rows = check_rows(read_rows(settings.train, settings.format, reading), reading=reading).rows
-    tokenised = tokenise_rows(rows[:count], renderer, settings.max_length)
+    if row is not None and row > len(rows):
+        raise ConfigError(
+            "HB102", f"got {row}, expected at most {len(rows)}, the number of rows", where="--row"
+        )
+    shown = rows[:count] if row is None else rows[row - 1 : row]
+    tokenised = tokenise_rows(shown, renderer, settings.max_length)
     skipped = f", {len(reading.skipped):,} bad rows skipped" if reading.skipped else ""
     STDOUT.print(f"template {renderer.template}, {len(rows):,} rows{skipped}\n", highlight=False)
     for example in tokenised.examples:
-        _print_example(example, renderer.tokenizer, STDOUT)
+        print_example(example, renderer.tokenizer, STDOUT, ids=tokens)
 
 
 def _skip(rows: int | None) -> list[str]:
@@ -149,7 +154,7 @@ def _count_tokens(rows: Sequence[Row], config: Config) -> Tokens:
     from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
 
     renderer = Renderer(load_tokenizer(config.model), config.data.template)
-    tokenised = tokenise_rows(rows, renderer, config.data.max_length)
+    tokenised = tokenise_rows(rows, renderer, config.data.max_length, config.data.max_truncated)
     lengths = [len(example.input_ids) for example in tokenised.examples]
     usage = Usage.of(order_of(lengths, config.train, config.seed))
     return Tokens(Lengths.of(lengths), tokenised.truncated, usage)
@@ -197,34 +202,3 @@ def _spread(lengths: Lengths) -> str:
         f"{lengths.shortest:,} to {lengths.longest:,}, "
         f"half of the rows up to {lengths.median:,}, 95 % up to {lengths.p95:,}"
     )
-
-
-def _print_example(example: Example, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """One row: a heading with its counts, and its text with the trained tokens marked."""
-    from rich.text import Text
-
-    cut = ", cut at max_length" if example.truncated else ""
-    counts = f"{len(example.input_ids):,} tokens, {example.trained_tokens:,} trained{cut}"
-    console.print(Text(f"{example.where}   {counts}", style="bold"), soft_wrap=True)
-    shown = Text()
-    for piece, trained in _pieces(example, tokenizer):
-        if not trained:
-            shown.append(piece, style="dim")
-        else:
-            shown.append(piece if console.color_system else f"⟦{piece}⟧", style="bold green")
-    console.print(shown, soft_wrap=True)
-    console.print()
-
-
-def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
-    """The row's text in stretches of trained and untrained tokens.
-
-    Each stretch is what its tokens add to the text before them: decoded alone, it could lose a blank.
-    """
-    done, end = "", 0
-    for trained, group in groupby(example.trained.tolist()):
-        end += sum(1 for _ in group)
-        ids = example.input_ids[:end].tolist()
-        text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        yield text[len(done) :], trained
-        done = text

@@ -127,7 +127,11 @@ def _fault(row: Row) -> str:
 
 def _unanswered(turns: Turns) -> str:
     """Why a conversation does not end in an answer, or an empty text."""
-    blank = [n for n, m in enumerate(turns, start=1) if m.role == "assistant" and not m.content.strip()]
+    blank = [
+        n
+        for n, m in enumerate(turns, start=1)
+        if m.role == "assistant" and not m.content.strip() and not m.tool_calls
+    ]
     if blank:
         return f"the answer is blank (message {', '.join(map(str, blank))})"
     if all(m.role != "assistant" for m in turns):

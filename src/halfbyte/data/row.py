@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-Role = Literal["system", "user", "assistant"]
+Json = dict[str, object]
+Role = Literal["system", "user", "assistant", "tool"]
 Style = Literal["chat", "completion", "text"]
 Objective = Literal["sft", "preference", "kto", "classification"]
 
-ROLES: tuple[Role, ...] = get_args(Role)
+ROLES: tuple[Role, ...] = tuple(role for role in get_args(Role) if role != "tool")  # files bring no tools
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Message:
     Attributes:
         role: Who speaks.
         content: What is said, verbatim.
+        tool_calls: Tools the assistant calls, as JSON objects in the form that chat templates take.
     """
 
     role: Role
     content: str
+    tool_calls: tuple[Json, ...] = ()
 
 
 Turns = tuple[Message, ...]
@@ -48,6 +51,7 @@ class Row:
         rejected: The conversation with the worse answer, prompt included; `messages` is then the one with the better.
         label: Whether the answer is a good one, or the class of the text: its name or its number from 0.
         text_pair: The second of two texts that are classified together.
+        tools: Tools the assistant may call, as JSON schemas of functions.
     """
 
     messages: Turns | None
@@ -58,6 +62,7 @@ class Row:
     rejected: Turns | None = None
     label: bool | int | str | None = None
     text_pair: str | None = None
+    tools: tuple[Json, ...] = ()
 
     @property
     def where(self) -> str:
@@ -75,7 +80,7 @@ class Row:
 
     @cached_property
     def id(self) -> str:
-        """First 16 hex digits of the SHA-256 of its words, roles and judgement, whatever its place and style."""
+        """First 16 hex digits of the SHA-256 of its words, roles, tools and judgement, wherever it stands."""
         words: object = self.text if self.messages is None else _plain(self.messages)
         if self.objective != "sft":
             words = {
@@ -84,9 +89,11 @@ class Row:
                 "label": self.label,
                 "text_pair": self.text_pair,
             }
+        if self.tools:
+            words = {"tools": self.tools, "words": words}
         canonical = json.dumps(words, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _plain(turns: Turns) -> list[list[str]]:
-    return [[m.role, m.content] for m in turns]
+def _plain(turns: Turns) -> list[list[object]]:
+    return [[m.role, m.content, *([m.tool_calls] if m.tool_calls else [])] for m in turns]

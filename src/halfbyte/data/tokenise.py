@@ -39,7 +39,7 @@ class Example:
         input_ids: Token ids, int32, (T,).
         trained: Which tokens are targets, bool, (T,).
         prompt_ids: Ids to generate the last answer from, int32, (T',), never truncated; None for a text row.
-        answer: The last answer, verbatim; None for a text row.
+        answer: The last answer, verbatim; None for a text row, and for an answer that calls tools.
         id: Content hash of the row.
         where: `file:line` of the row.
         truncated: Whether tokens were cut off.
@@ -98,6 +98,8 @@ class Encoder:
 
     Attributes:
         prefix: Ids the tokenizer puts before a text by default.
+        bos: Id of the token that begins a text; None without one, or where the same token ends texts.
+        eos: Id of the token that ends a text.
 
     Raises:
         DataError: HB209 if the tokenizer cannot say which characters a token covers.
@@ -117,6 +119,8 @@ class Encoder:
         full = list(tokenizer("a")["input_ids"])
         before = next((i for i in range(len(full)) if full[i : i + len(alone)] == alone), 0)
         self.prefix = np.array(full[:before], np.int32)
+        self.eos = tokenizer.eos_token_id
+        self.bos = None if tokenizer.bos_token_id == self.eos else tokenizer.bos_token_id
 
     def encode(self, texts: Sequence[str]) -> list[_Tokens]:
         """Tokenise texts in which control tokens are read as such; no prefix is added."""
@@ -125,6 +129,11 @@ class Encoder:
             offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
             found.append(_Tokens(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]))
         return found
+
+    @property
+    def definition(self) -> str:
+        """Vocabulary and rules, as tokenizers' JSON; nothing of truncation, padding or post-processing."""
+        return str(self._backend.to_str())
 
     def id_of(self, token: str) -> int:
         """Id of a token by its text.
@@ -209,25 +218,29 @@ def tokenise(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, max_length:
 
     Raises:
         DataError: HB207 if a stop token is not a trained token; HB208 if no trained token is left; HB209 if
-            the tokenizer gives no offsets.
+            the tokenizer gives no offsets; HB220 if the text begins twice.
     """
-    return _tokenise_all([rendered], Encoder(tokenizer), max_length)[0]
+    return _tokenise_all([rendered], Encoder(tokenizer), max_length, 1.0)[0]
 
 
-def tokenise_rows(rows: Sequence[Row], renderer: Renderer, max_length: int) -> Tokenised:
+def tokenise_rows(
+    rows: Sequence[Row], renderer: Renderer, max_length: int, max_truncated: float = 1.0
+) -> Tokenised:
     """Render and tokenise all rows.
 
     Args:
         rows: Checked rows.
         renderer: Writes them out, and holds the tokenizer.
         max_length: Tokens to keep of each row, at least 2; the rest is cut off at the end, and counted.
+        max_truncated: Share of the rows that may be cut, 0 to 1.
 
     Raises:
-        DataError: As `render_rows` and `tokenise`; each names every faulty row.
+        DataError: As `render_rows` and `tokenise`, and HB221 if too many rows are cut; each names every such
+            row.
     """
     encoder = Encoder(renderer.tokenizer)
     rendered = render_rows(rows, renderer)
-    examples = _tokenise_all(rendered, encoder, max_length)
+    examples = _tokenise_all(rendered, encoder, max_length, max_truncated)
     stops = {stop for row in rendered for stop in row.stops} | {str(renderer.tokenizer.eos_token)}
     return Tokenised(
         examples,
@@ -237,18 +250,31 @@ def tokenise_rows(rows: Sequence[Row], renderer: Renderer, max_length: int) -> T
     )
 
 
-def _tokenise_all(rendered: Sequence[Rendered], encoder: Encoder, max_length: int) -> list[Example]:
+def _tokenise_all(
+    rendered: Sequence[Rendered], encoder: Encoder, max_length: int, max_truncated: float
+) -> list[Example]:
     """Tokenise, cut, and refuse together all rows that could not be learnt from."""
-    whole = list(_whole_examples(rendered, encoder))
-    if faults := [f"{example.where}: {fault}" for example, fault in whole if fault]:
-        what = f"{len(faults)} of {len(rendered)} rows" + listed(faults)
+    whole: list[Example] = []
+    unended, doubled = [], []
+    for row, tokens, example in _whole_examples(rendered, encoder):
+        whole.append(example)
+        if fault := _stop_fault(row, tokens, encoder):
+            unended.append(f"{row.where}: {fault}")
+        if fault := _bos_fault(row, example.input_ids, encoder):
+            doubled.append(f"{row.where}: {fault}")
+    if unended:
+        what = f"{len(unended)} of {len(whole)} rows" + listed(unended)
         raise DataError(
             "HB207", what, fix="set data.template to a format whose stop token the vocabulary has"
         )
-    examples = [_cut(example, max_length) for example, _ in whole]
+    if doubled:
+        what = f"{len(doubled)} of {len(whole)} rows" + listed(doubled)
+        fix = "take it out of the chat template or the rows: the tokenizer puts it before each text"
+        raise DataError("HB220", what, fix=fix)
+    examples = [_cut(example, max_length) for example in whole]
     faults = [
         f"{cut.where}: {_first_trained(example)}"
-        for (example, _), cut in zip(whole, examples, strict=True)
+        for example, cut in zip(whole, examples, strict=True)
         if cut.trained_tokens == 0
     ]
     if faults:
@@ -256,7 +282,22 @@ def _tokenise_all(rendered: Sequence[Rendered], encoder: Encoder, max_length: in
         raise DataError(
             "HB208", what + listed(faults), fix="raise data.max_length, or shorten or remove these rows"
         )
+    _refuse_too_many_cut(whole, max_length, max_truncated)
     return examples
+
+
+def _refuse_too_many_cut(whole: Sequence[Example], max_length: int, max_truncated: float) -> None:
+    cut = [(len(row.input_ids), row.where) for row in whole if len(row.input_ids) > max_length]
+    if len(cut) <= max_truncated * len(whole):
+        return
+    most = f"expected at most {max_truncated:.1%} of them"
+    what = f"{len(cut)} of {len(whole)} rows have more than {max_length} tokens, {most}"
+    raise DataError(
+        "HB221",
+        what + listed([f"{where}: {tokens:,} tokens" for tokens, where in cut]),
+        fix=f"raise data.max_length (the longest row has {max(cut)[0]:,} tokens), or data.max_truncated if the "
+        "ends of these rows, their stop tokens among them, need not be learnt",
+    )
 
 
 def _first_trained(example: Example) -> str:
@@ -266,14 +307,16 @@ def _first_trained(example: Example) -> str:
     return f"the first one is number {example.trained[1:].argmax() + 2}"
 
 
-def _whole_examples(rendered: Sequence[Rendered], encoder: Encoder) -> Iterator[tuple[Example, str]]:
-    """Each row uncut, and what is wrong with its stop tokens."""
+def _whole_examples(
+    rendered: Sequence[Rendered], encoder: Encoder
+) -> Iterator[tuple[Rendered, _Tokens, Example]]:
+    """Each row with its tokens, and as an example that is not cut."""
     for start in range(0, len(rendered), ROWS_AT_ONCE):
         part = rendered[start : start + ROWS_AT_ONCE]
         prompts = iter(encoder.encode([row.prompt for row in part if row.prompt is not None]))
         for row, tokens in zip(part, encoder.encode([row.text for row in part]), strict=True):
             prompt = next(prompts).ids if row.prompt is not None else None
-            yield _example(row, tokens, prompt, encoder), _stop_fault(row, tokens, encoder)
+            yield row, tokens, _example(row, tokens, prompt, encoder)
 
 
 def _example(row: Rendered, tokens: _Tokens, prompt: NDArray[np.int32] | None, encoder: Encoder) -> Example:
@@ -302,6 +345,25 @@ def _stop_fault(row: Rendered, tokens: _Tokens, encoder: Encoder) -> str:
         whole = (tokens.ids == encoder.id_of(stop)) & (tokens.ends == end) & (tokens.begins >= begin)
         if not whole.any():
             return f"the tokenizer does not keep the stop token {stop!r} as one token"
+    return ""
+
+
+def _bos_fault(row: Rendered, ids: NDArray[np.int32], encoder: Encoder) -> str:
+    """Where a text begins again before it has ended, or an empty text.
+
+    Formats that begin anew with each question (Llama 2) end the answer before it.
+    """
+    if encoder.bos is None:
+        return ""
+    ends = {encoder.eos, *(encoder.id_of(stop) for stop in row.stops)}
+    begun: int | None = None
+    for at in np.flatnonzero(np.isin(ids, [encoder.bos, *ends])).tolist():
+        if ids[at] != encoder.bos:
+            begun = None
+        elif begun is not None:
+            return f"the text begins at token {begun + 1} and again at token {at + 1}"
+        else:
+            begun = at
     return ""
 
 

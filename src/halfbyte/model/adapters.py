@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halfbyte.data.fingerprint import Fingerprint
 from halfbyte.errors import ModelError
 from halfbyte.model.adapter_settings import CONFIG, WEIGHTS, AdapterSettings, read_settings
 from halfbyte.model.adapter_tensors import (
@@ -30,6 +31,7 @@ from halfbyte.model.adapter_tensors import (
 )
 from halfbyte.model.beside import names_to_train, outside, train_beside, trained_modules
 from halfbyte.model.files import contained
+from halfbyte.model.fingerprints import write_fingerprint
 from halfbyte.model.linear4bit import Linear4bit, dense_weight, features, is_conv1d, is_linear
 from halfbyte.model.lora import adapted_modules, refuse_adapted, target_names, wrap
 from halfbyte.model.lora_init import Pair, residual
@@ -59,13 +61,16 @@ class _Stored:
     origins: dict[str, str]
 
 
-def save_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> None:
+def save_adapter(
+    model: PreTrainedModel, folder: str | Path, base: str, fingerprint: Fingerprint | None = None
+) -> None:
     """Write the model's adapter as PEFT does.
 
     Args:
         model: A model with adapters.
         folder: Where to; written whole or not at all.
         base: Path or name of the base model, written for whoever loads the adapter.
+        fingerprint: Chat format and tokenizer it was trained with, written beside it.
 
     Raises:
         ModelError: HB322 when the model has no adapter, HB316 when the folder cannot be written.
@@ -101,6 +106,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> None:
         save_file(adapter_tensors(layers, beside), work / WEIGHTS, metadata={"format": "pt"})
         if taken:
             save_file(taken, work / TAKEN)
+        if fingerprint is not None:
+            write_fingerprint(work, fingerprint)
 
 
 def _plain(alpha: float) -> float:

@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "halfbyte.json",
 )
 
 _REMAINS = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<end>new|old)")

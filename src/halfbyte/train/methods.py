@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from halfbyte.errors import ConfigError
 from halfbyte.model.adapters import save_adapter
+from halfbyte.model.fingerprints import write_fingerprint
 from halfbyte.model.linear4bit import Linear4bit
 from halfbyte.model.loading import Progress, load
 from halfbyte.model.lora import add_lora
@@ -28,6 +29,7 @@ from halfbyte.quant.weight import QuantSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from halfbyte.data.fingerprint import Fingerprint
     from halfbyte.settings import Config
 
 
@@ -89,17 +91,18 @@ def result_name(config: Config) -> str:
 
 
 def saver(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, fingerprint: Fingerprint
 ) -> Callable[[Path], None]:
     """A function that writes what was trained into a folder: an adapter, or model and tokenizer for full."""
 
     def save(folder: Path) -> None:
         if config.method != "full":
-            save_adapter(model, folder, base=config.model)
+            save_adapter(model, folder, config.model, fingerprint)
             return
         with whole_folder(folder) as work, _without_progress_bar():
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
+            write_fingerprint(work, fingerprint)
 
     return save
 

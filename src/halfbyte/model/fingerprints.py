@@ -1,0 +1,68 @@
+"""The fingerprint beside a trained model or adapter: written with it, and held against what is in use.
+
+It owns the file's place and what is said when training and use differ; it must not know how a fingerprint is made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halfbyte.data.fingerprint import FILE, Fingerprint
+from halfbyte.errors import ModelError
+from halfbyte.model.files import contained, read_json
+from halfbyte.model.saving import write_json
+
+FIX = (
+    "set data.template and use the tokenizer as in training, or set evaluate.allow_template_mismatch to true"
+)
+
+
+def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
+    """Write a fingerprint into a folder that is being made.
+
+    It is a file of its own: PEFT warns of keys it does not know in `adapter_config.json`.
+    """
+    write_json(folder / FILE, fingerprint.as_dict())
+
+
+def read_fingerprint(folder: Path) -> Fingerprint | None:
+    """The fingerprint beside a model or adapter; None where there is none.
+
+    Raises:
+        ModelError: HB327 if there is one that cannot be read, HB305 if it lies outside the folder.
+    """
+    if not (folder / FILE).exists():
+        return None
+    file = contained(folder, FILE)
+    try:
+        found = Fingerprint.parse(read_json(file))
+    except ModelError as error:
+        raise ModelError("HB327", error.what, where=str(file), fix=error.fix) from error
+    if found is None:
+        what = "expected a fingerprint with chat_format, template and tokenizer"
+        raise ModelError(
+            "HB327", what, where=str(file), fix="get the file again, or remove it to go on unchecked"
+        )
+    return found
+
+
+def refuse_other_template(folder: Path, used: Fingerprint, *, allowed: bool = False) -> str:
+    """Refuse to use what was trained with another chat format or tokenizer.
+
+    Args:
+        folder: Folder of the model or adapter.
+        used: Fingerprint of the chat format and tokenizer in use.
+        allowed: Whether a difference is told instead of refused.
+
+    Returns:
+        What differs where that is allowed; an empty text where nothing does or nothing is known.
+
+    Raises:
+        ModelError: HB326 for a difference that is not allowed, HB327 and HB305 as `read_fingerprint`.
+    """
+    trained = read_fingerprint(folder)
+    differences = trained.differences(used) if trained is not None else []
+    what = f"trained with other text than is in use: {', '.join(differences)}" if differences else ""
+    if what and not allowed:
+        raise ModelError("HB326", what, where=str(folder), fix=FIX)
+    return what
