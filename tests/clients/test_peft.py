@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from halfbyte.data.fingerprint import Fingerprint
 from halfbyte.model.adapters import load_adapter, save_adapter
 from halfbyte.model.loading import load
 from halfbyte.model.lora import LoraSpec, adapted_modules, adapters_disabled, add_lora
@@ -59,7 +61,7 @@ def test_peft_loads_our_adapter_and_answers_the_same(
     names = add_lora(model, LoraSpec(4, 12, 0.1, targets, rank_stabilised=stabilised), seed=0)
     for layer in adapted_modules(model).values():
         layer.lora_B.data.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
-    save_adapter(model, tmp_path / "adapter", base=str(folder))
+    save_adapter(model, tmp_path / "adapter", str(folder), Fingerprint("plain", "aa", "bb"))
 
     theirs = peft.PeftModel.from_pretrained(reference(folder), tmp_path / "adapter").eval()
     their_names = {
@@ -104,3 +106,18 @@ def test_we_load_an_adapter_that_peft_made_and_answer_the_same(
         assert (logits(theirs) - logits(model)).abs().max() > 1000 * LOGIT_TOLERANCE, (
             "the adapter does nothing"
         )
+
+
+def test_peft_warns_of_keys_that_are_not_its_own(shared: Shared, tmp_path: Path) -> None:
+    """Why the fingerprint has a file of its own: each user of PEFT would be told to upgrade it."""
+    folder = shared("models/stories260K-hf")
+    model = load(folder, quantization=None, dtype=torch.float32)
+    add_lora(model, LoraSpec(2), seed=0)
+    save_adapter(model, tmp_path / "adapter", str(folder), Fingerprint("plain", "aa", "bb"))
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    assert "halfbyte" not in settings.read_text(encoding="utf-8")
+    peft.LoraConfig.from_pretrained(tmp_path / "adapter")
+    facts = json.loads(settings.read_text(encoding="utf-8")) | {"halfbyte": {"template": "aa"}}
+    settings.write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments .*halfbyte"):
+        peft.LoraConfig.from_pretrained(tmp_path / "adapter")
