@@ -266,3 +266,38 @@ def test_weights_are_one_for_each_source_and_greater_than_0(tmp_path: Path, weig
     assert said in str(caught.value)
     config = load_config(write(tmp_path, LEAST), [overrides[0], "data.weights=[0.5, 2]"])
     assert config.data.weights == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("train", "setting", "chosen"),
+    [
+        ("{decay_ratio: 0.2}", "decay_ratio", "schedule cosine"),
+        ("{schedule: constant, min_lr_ratio: 0.1}", "min_lr_ratio", "schedule constant"),
+        ("{optimizer: sgd, beta1: 0.9}", "beta1", "optimizer sgd"),
+        ("{optimizer: adafactor, beta2: 0.9}", "beta2", "optimizer adafactor"),
+        ("{optimizer: lion, eps: 1e-6}", "eps", "optimizer lion"),
+    ],
+)
+def test_a_setting_that_the_choice_made_does_not_read_is_refused(
+    tmp_path: Path, train: str, setting: str, chosen: str
+) -> None:
+    error = fault(tmp_path, LEAST + f"train: {train}\n")
+    assert error.code == "HB102"
+    assert f"`train.{setting}`" in error.what
+    assert f"train.{chosen} does not read it" in error.what
+
+
+@pytest.mark.parametrize("train", [{"schedule": "constant"}, {"optimizer": "sgd"}, {"optimizer": "lion"}])
+def test_settings_that_are_not_read_may_stand_at_their_defaults(
+    tmp_path: Path, train: dict[str, str]
+) -> None:
+    config = Config.model_validate({"model": "m", "data": {"train": "a"}, "train": train})
+    assert load_config(write(tmp_path, config.to_yaml())).train == config.train
+
+
+def test_a_ratio_of_adapter_matrices_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    text = LEAST + "train:\n  lora_plus_ratio: 16.0\n"
+    assert load_config(write(tmp_path, text)).train.lora_plus_ratio == 16
+    error = fault(tmp_path, text, "method=full")
+    assert error.code == "HB102"
+    assert "line 4: `train.lora_plus_ratio` got 16.0, expected null: method full" in error.what

@@ -86,6 +86,7 @@ CODES: dict[str, str] = {
     "HB503": "Training was interrupted",
     "HB504": "Nothing to train on in a step",
     "HB505": "Parameters cannot be trained",
+    "HB507": "Noise does not reach the model",
     "HB510": "Checkpoint is damaged",
     "HB511": "Checkpoint is of another run",
     "HB601": "Numbers no interval can be made of",

@@ -39,7 +39,8 @@ TemplateName = Literal[
     "qwen2",
     "deepseek",
 ]
-Schedule = Literal["constant", "linear", "cosine"]
+Optimizer = Literal["adamw", "lion", "adafactor", "sgd"]
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
 SEED_LIMIT = 2**32
 
 
@@ -128,6 +129,16 @@ class DataConfig(_Section):
         return weights
 
 
+# Settings of `train` that only some choices of another one read.
+READ_ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "decay_ratio": ("schedule", ("wsd",)),
+    "min_lr_ratio": ("schedule", ("linear", "cosine", "wsd")),
+    "beta1": ("optimizer", ("adamw", "lion")),
+    "beta2": ("optimizer", ("adamw", "lion")),
+    "eps": ("optimizer", ("adamw",)),
+}
+
+
 class TrainConfig(_Section):
     """The training run."""
 
@@ -143,26 +154,38 @@ class TrainConfig(_Section):
     """Tokens per pass where rows are packed; null: those of batch_size average rows, at least the longest row's."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Passes per optimizer step."""
+    optimizer: Optimizer = "adamw"
+    """Rule of the update; adafactor scales its rate by each weight's own size, sgd has no momentum."""
     learning_rate: float = Field(2e-4, gt=0)
     """Highest learning rate, reached after the warm-up."""
+    lora_plus_ratio: float | None = Field(None, gt=0)
+    """LoRA+: learning rate of the adapter's B matrices over that of its A matrices; null: the same."""
     schedule: Schedule = "cosine"
-    """Course of the learning rate after the warm-up; linear and cosine end at zero."""
+    """Course of the learning rate after the warm-up; wsd stays at the peak, then falls as cosine does."""
+    decay_ratio: float | None = Field(None, gt=0, le=1)
+    """Share of the steps, the last ones, in which wsd falls; null: 0.1."""
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1)
+    """Where linear, cosine and wsd end, as a share of the highest learning rate."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
-    """Share of the steps in which the learning rate rises from zero."""
+    """Share of the steps in which the learning rate rises from zero; not read where warmup_steps is set."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps in which the learning rate rises from zero; null: as many as warmup_ratio says."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """AdamW's decay of the gradient average."""
-    beta2: float = Field(0.999, ge=0, lt=1)
-    """AdamW's decay of the squared gradient average."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's guard against division by zero."""
+    """Decoupled weight decay of matrices, times the learning rate."""
+    beta1: float | None = Field(None, ge=0, lt=1)
+    """Decay of the gradient average, of adamw and lion; null: 0.9."""
+    beta2: float | None = Field(None, ge=0, lt=1)
+    """Decay of adamw's squared gradient average, or lion's of the gradient; null: 0.999 for adamw, 0.99 for lion."""
+    eps: float | None = Field(None, gt=0)
+    """AdamW's guard against division by zero; null: 1e-8."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Longer gradients are scaled down to this Euclidean norm; null: never."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each target spread evenly over the vocabulary; the loss reported stays plain cross-entropy."""
     z_loss: float = Field(0.0, ge=0)
     """Weight of the squared log-sum-exp of the logits, which holds them near zero; reported as label_smoothing is."""
+    neftune_alpha: float | None = Field(None, gt=0)
+    """NEFTune: embeddings get uniform noise up to alpha / sqrt(the row's tokens * width) in training; null: none."""
     activation_memory_gb: float | None = Field(None, gt=0)
     """GB that layers may hold for the backward pass, or else compute again; null: most of what is free."""
     log_steps: int = Field(10, ge=1)
@@ -183,6 +206,20 @@ class TrainConfig(_Section):
     def _measured(cls, value: object, others: ValidationInfo) -> object:
         if value not in (None, "last") and others.data.get("eval_steps") is None:
             raise PydanticCustomError("unread", "train.eval_steps to be set: nothing is measured without it")
+        return value
+
+    @field_validator(*READ_ONLY_WHERE)
+    @classmethod
+    def _read(cls, value: object, others: ValidationInfo) -> object:
+        name = others.field_name or ""
+        decides, readers = READ_ONLY_WHERE[name]
+        chosen = others.data.get(decides)
+        if value != cls.model_fields[name].default and chosen is not None and chosen not in readers:
+            raise PydanticCustomError(
+                "unread",
+                "nothing: train.{decides} {chosen} does not read it",
+                {"decides": decides, "chosen": chosen},
+            )
         return value
 
     @field_validator("batch_tokens")
@@ -247,6 +284,17 @@ class Config(_Section):
                 "too_small",
                 "at least the {max_length} of data.max_length: raise it, or lower data.max_length",
                 {"max_length": data.max_length, "setting": "train.batch_tokens", "got": train.batch_tokens},
+            )
+        return train
+
+    @field_validator("train")
+    @classmethod
+    def _adapter_settings_have_an_adapter(cls, train: TrainConfig, others: ValidationInfo) -> TrainConfig:
+        if train.lora_plus_ratio is not None and others.data.get("method") == "full":
+            raise PydanticCustomError(
+                "unread",
+                "null: method full trains no adapter",
+                {"setting": "train.lora_plus_ratio", "got": train.lora_plus_ratio},
             )
         return train
 

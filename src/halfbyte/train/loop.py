@@ -34,6 +34,7 @@ from halfbyte.train.checkpoint import (
 from halfbyte.train.display import Display, Shown, Silent
 from halfbyte.train.interrupt import CtrlC, TrainInterrupted
 from halfbyte.train.metrics import MetricsFile, StepRecord, peak_rss_bytes
+from halfbyte.train.neftune import embedding_noise
 from halfbyte.train.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -238,9 +239,7 @@ class _Loop:
         """One optimizer step; the weights change only if all of it went well."""
         step_began = time.perf_counter()
         config, plan = self.config, self.plan
-        lr = config.learning_rate * learning_rate_factor(
-            self.done, plan.total_steps, plan.warmup, config.schedule
-        )
+        lr = config.learning_rate * learning_rate_factor(self.done, plan.total_steps, plan.warmup, config)
         try:
             loss, grad_norm = self._gradient(step.batches, ctrl_c)
         except TrainInterrupted:
@@ -260,8 +259,10 @@ class _Loop:
         divisor = self.loss.divisor(micro_batches, self.rows)
         device = next(self.model.parameters()).device.type
         shares = []
-        for batch in micro_batches:
-            with torch.autocast(device, self.run.autocast) if self.run.autocast else nullcontext():
+        for number, batch in enumerate(micro_batches):
+            draw = (self.run.seed, self.done, number)
+            noise = embedding_noise(self.model, self.config.neftune_alpha, batch, draw)
+            with noise, torch.autocast(device, self.run.autocast) if self.run.autocast else nullcontext():
                 shares.append(accumulate(self.model, batch, divisor, self.rows, self.loss))
             if ctrl_c.requested:
                 self._stop()

@@ -1,20 +1,25 @@
-"""AdamW over the trainable parameters, and clipping by global norm.
+"""The optimizers over the trainable parameters, and clipping by global norm.
 
-It owns which parameters are trained and decayed; it knows nothing of losses, schedules or steps.
+It owns which parameters are trained, decayed, and trained faster than others; it knows nothing of losses,
+schedules or steps.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from halfbyte.errors import TrainError
+from halfbyte.train.lion import Lion
 
 if TYPE_CHECKING:
     from halfbyte.settings import TrainConfig
 
 NAMES_SHOWN = 5
+
+Group = dict[str, Any]
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -41,36 +46,84 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
     return chosen
 
 
-def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay on matrices; vectors (norms, biases) are not decayed.
+def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run, its parameters in groups of one learning rate and weight decay each.
 
     Args:
         model: Model whose trainable parameters are float32.
-        config: Learning rate, betas, eps and weight decay.
+        config: Optimizer, learning rate and its ratio of LoRA's matrices, betas, eps and weight decay.
 
     Raises:
         TrainError: HB505.
-
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), algorithm 2.
     """
-    parameters = list(trainable_parameters(model).values())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    return OPTIMIZERS[config.optimizer](parameter_groups(trainable_parameters(model), config), config)
+
+
+def parameter_groups(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> list[Group]:
+    """Parameters by weight decay and learning rate: matrices are decayed, vectors (norms, biases) are not.
+
+    With LoRA+, the adapter's B matrices, and vectors, have the learning rate times its ratio.
+
+    Args:
+        parameters: The parameters to train, by name.
+        config: Weight decay and the ratio.
+
+    Returns:
+        Groups that torch's optimizers take, none empty; `lr_ratio` is what the run's learning rate is multiplied by.
+
+    Source: Hayou et al., LoRA+ (2024), section 4; the same groups as PEFT's `create_loraplus_optimizer`.
+    """
+    grouped: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].ndim < 2):
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        fast = parameter.ndim < 2 or name.endswith("lora_B")
+        ratio = config.lora_plus_ratio if config.lora_plus_ratio is not None and fast else 1.0
+        grouped.setdefault((decay, ratio), []).append(parameter)
+    return [
+        {"params": chosen, "weight_decay": decay, "lr": config.learning_rate * ratio, "lr_ratio": ratio}
+        for (decay, ratio), chosen in grouped.items()
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+
+
+def _adamw(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
+    """Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), algorithm 2."""
+    return torch.optim.AdamW(groups, betas=_betas(config, 0.999), eps=config.eps or 1e-8, fused=True)
+
+
+def _lion(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
+    return Lion(groups, betas=_betas(config, 0.99))
+
+
+def _adafactor(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
+    """Source: Shazeer and Stern, Adafactor (2018), algorithms 4 and 5, as torch has it."""
+    return torch.optim.Adafactor(groups)
+
+
+def _sgd(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
+    """Without momentum torch's L2 penalty is the decoupled weight decay."""
+    return torch.optim.SGD(groups)
+
+
+def _betas(config: TrainConfig, beta2: float) -> tuple[float, float]:
+    """The betas that are set, else 0.9 and the one given."""
+    return (
+        0.9 if config.beta1 is None else config.beta1,
+        beta2 if config.beta2 is None else config.beta2,
     )
 
 
+OPTIMIZERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+}
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Give every parameter group its share of a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:

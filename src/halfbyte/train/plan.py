@@ -51,7 +51,7 @@ class Plan:
             share = config.epochs - whole
             part = math.ceil(round(share * per_epoch[-1], 6)) if share else 0  # 2.1 is not a whole 2.1
             total = max(1, sum(per_epoch[:whole]) + part)
-        return cls(order, total, warmup_steps(total, config.warmup_ratio))
+        return cls(order, total, warmup_steps(total, config))
 
 
 def unit_lengths(examples: Sequence[Example], members: int) -> list[int]:
