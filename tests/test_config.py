@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from halfbyte.config import load_config, nearest_name
-from halfbyte.errors import ConfigError
+from halfbyte.config import load_config
+from halfbyte.errors import ConfigError, nearest_name
 from halfbyte.settings import SECTIONS, SETTINGS, Config
 
 LEAST = "model: m\ndata: {train: rows.jsonl}\n"

@@ -5,68 +5,20 @@ It owns how settings are found, merged and refused; it must not know what a sett
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from halfbyte.errors import ConfigError, listed
+from halfbyte.errors import ConfigError, listed, nearest_name
+from halfbyte.foreign.tools import FOREIGN_NAMES
 from halfbyte.settings import SECTIONS, SETTINGS, Config
 from halfbyte.yaml_file import Loader, read_yaml
 
 # pydantic's names of the faults that mean an unknown setting.
 UNKNOWN_KINDS = ("extra_forbidden", "invalid_key")
-
-# What other tools of the field call a setting; used to suggest ours, never to read theirs.
-FOREIGN_NAMES: dict[str, str] = {
-    "rank": "lora.r",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target": "lora.target_modules",
-    "use_rslora": "lora.rank_stabilised",
-    "use_dora": "lora.dora",
-    "init_lora_weights": "lora.init",
-    "lora_modules_to_save": "lora.modules_to_save",
-    "lr": "train.learning_rate",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.batch_size",
-    "micro_batch_size": "train.batch_size",
-    "sample_packing": "train.packing",
-    "neat_packing": "train.packing",
-    "grad_accum": "train.gradient_accumulation_steps",
-    "lr_scheduler_type": "train.schedule",
-    "lr_scheduler": "train.schedule",
-    "label_smoothing_factor": "train.label_smoothing",
-    "z_loss_weight": "train.z_loss",
-    "logging_steps": "train.log_steps",
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "cutoff_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "sequence_len": "data.max_length",
-    "dataset": "data.train",
-    "load_in_4bit": "method",
-    "bnb_4bit_quant_type": "quantization.format",
-    "bnb_4bit_use_double_quant": "quantization.double_quant",
-    "bnb_4bit_compute_dtype": "dtype",
-}
-
-
-def nearest_name(name: str, choices: Iterable[str]) -> str | None:
-    """The choice most like a misspelt name, or None if none is like it.
-
-    Args:
-        name: What was written.
-        choices: What could have been meant.
-    """
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return found[0] if found else None
 
 
 def load_config(

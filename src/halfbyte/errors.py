@@ -13,13 +13,19 @@ It owns codes, their titles and how an error reads; it knows nothing of the part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 CODES: dict[str, str] = {
     "HB101": "Unknown setting",
     "HB102": "Bad value for a setting",
     "HB103": "Settings file cannot be read",
+    "HB104": "Settings file of no known tool",
+    "HB105": "Settings of another tool that nothing here does",
+    "HB106": "Settings of another tool that contradict each other",
+    "HB107": "Nothing to drop",
+    "HB108": "Recipe exists",
     "HB120": "Output folder is in use",
     "HB121": "Run cannot go on with these settings",
     "HB122": "No run to go on with",
@@ -98,6 +104,17 @@ CODES: dict[str, str] = {
 }
 
 FAULTS_SHOWN = 20
+
+
+def nearest_name(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like a misspelt name, or None if none is like it.
+
+    Args:
+        name: What was written.
+        choices: What could have been meant.
+    """
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return found[0] if found else None
 
 
 def listed(faults: Sequence[str], shown: int = FAULTS_SHOWN) -> str:

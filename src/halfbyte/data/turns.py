@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 
-from halfbyte.config import nearest_name
 from halfbyte.data.faults import BadRowError
 from halfbyte.data.parquet_rows import UntakenValue
 from halfbyte.data.row import ROLES, Message, Role, Turns
+from halfbyte.errors import nearest_name
 
 Json = Mapping[str, object]
 
