@@ -108,6 +108,7 @@ EXPECTED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "lora.target_modules": ["q_proj", "v_proj"],
             "data.eval_fraction": 0.1,
             "train.epochs": 3,
+            "train.eval_steps": 500,
             "evaluate.batch_size": 1,
         },
     ),
@@ -262,6 +263,9 @@ def test_an_adapter_gives_its_part_of_a_recipe_and_says_what_is_missing(copy: Co
         (AXOLOTL + "datasets: [{path: a, split: 'train[:9]'}]", "`datasets[0].split`: 'train[:9]'"),
         (AXOLOTL + "datasets: [{path: a, roles: {user: [human]}}]", "`datasets[0].roles`"),
         (AXOLOTL + "special_tokens: {eos_token: '</s>'}", "`special_tokens`: only pad_token"),
+        (AXOLOTL + "load_best_model_at_end: true", "`load_best_model_at_end`: needs rows held out"),
+        (AXOLOTL + "early_stopping_patience: 2\nval_set_size: 0.1", "`early_stopping_patience`: needs"),
+        (FACTORY + "metric_for_best_model: accuracy", "`metric_for_best_model`: the held-out loss decides"),
         (FACTORY + "max_samples: 9", "`max_samples`: all rows"),
         (FACTORY + "finetuning_type: freeze", "`finetuning_type`: 'freeze' is neither"),
         (FACTORY + "quantization_bit: 8", "`quantization_bit`: 8"),
@@ -378,6 +382,35 @@ def test_a_listed_data_set_of_other_columns_is_refused(desk: Path) -> None:
     assert [name for name in listed if f"`dataset.{name}`" in error.what] == ["other", "talks", "hub"]
     file.write_text(FACTORY + "dataset: messages\n", encoding="utf-8")
     assert import_file(file).lines["data.format"].value == "messages"
+
+
+MEASURED = "val_set_size: 0.1\neval_steps: 50\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (AXOLOTL + MEASURED, {"train.eval_steps": 50}),
+        (AXOLOTL + "eval_steps: 50", {}),
+        (AXOLOTL + "val_set_size: 0.1\neval_steps: 0.05", {}),
+        (
+            AXOLOTL + MEASURED + "load_best_model_at_end: true\nearly_stopping_patience: 3",
+            {"train.eval_steps": 50, "train.keep": "best", "train.early_stopping_patience": 3},
+        ),
+        (FACTORY + "val_size: 0.1\neval_steps: 50", {}),
+        (FACTORY + "val_size: 0.1\neval_strategy: steps\neval_steps: 50", {"train.eval_steps": 50}),
+        (FACTORY + "val_size: 0.1\neval_strategy: steps\nlogging_steps: 20", {"train.eval_steps": 20}),
+        (FACTORY + "val_size: 0.1\neval_strategy: epoch", {}),
+        (TRL + "dataset_name: a\nvalidation_file: b\neval_strategy: steps", {"train.eval_steps": 500}),
+    ],
+)
+def test_measuring_while_training_is_taken_where_something_is_held_out(
+    desk: Path, text: str, expected: dict[str, object]
+) -> None:
+    (desk / "theirs.yaml").write_text(text, encoding="utf-8")
+    lines = import_file(desk / "theirs.yaml").lines
+    names = ("train.eval_steps", "train.keep", "train.early_stopping_patience")
+    assert {name: lines[name].value for name in names if name in lines} == expected
 
 
 def test_lion_of_transformers_keeps_its_betas(desk: Path) -> None:

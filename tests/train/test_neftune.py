@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from halfbyte.data.pack import collate, pack
+from halfbyte.data.pack import Batch, collate, pack
 from halfbyte.data.tokenise import Example
 from halfbyte.errors import TrainError
 from halfbyte.evaluate.perplexity import held_out_loss
@@ -115,3 +115,20 @@ def test_training_has_the_noise_and_evaluation_does_not(
     reference.load_state_dict(model.state_dict())
     measured, expected = (held_out_loss(m, rows, batch_size=4, pad_id=0) for m in (model, reference))
     assert measured == expected
+
+
+def test_each_pass_of_a_run_draws_its_own_noise(
+    tiny_llama: Callable[[], PreTrainedModel],
+    rows: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draws: list[tuple[int, ...]] = []
+
+    def note(batch: Batch, width: int, alpha: float, draw: tuple[int, ...]) -> torch.Tensor:
+        draws.append(draw)
+        return noise_of(batch, width, alpha, draw)
+
+    monkeypatch.setattr("halfbyte.train.neftune.noise_of", note)
+    losses(tiny_llama(), rows, tmp_path, neftune_alpha=ALPHA, gradient_accumulation_steps=2, packing=False)
+    assert draws == [(0, step, number) for step in range(3) for number in range(2)]

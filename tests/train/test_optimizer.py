@@ -185,20 +185,26 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_plus_has_the_groups_of_peft(tiny_llama: Callable[[], PreTrainedModel]) -> None:
-    peft = get_peft_model(
-        tiny_llama(), PeftLora(r=4, target_modules=["q_proj", "down_proj"], lora_bias=False, bias="none")
-    )
-    theirs = create_loraplus_optimizer(
-        peft, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.01
-    )
+@pytest.mark.parametrize(
+    ("decay", "norm"), [(0.01, False), (0.0, True)]
+)  # PEFT decays an RMSNorm, which ours is not
+def test_lora_plus_has_the_groups_of_peft(
+    tiny_llama: Callable[[], PreTrainedModel], decay: float, norm: bool
+) -> None:
+    targets = ["q_proj", "down_proj"]
+    peft = get_peft_model(tiny_llama(), PeftLora(r=4, target_modules=targets))
     model = tiny_llama()
-    add_lora(model, LoraSpec(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), seed=0)
-    ours = build_optimizer(model, TrainConfig(learning_rate=1e-3, lora_plus_ratio=16.0, weight_decay=0.01))
+    add_lora(model, LoraSpec(r=4, alpha=8, target_modules=targets), seed=0)
+    peft.get_submodule("base_model.model.model.norm").requires_grad_(norm)
+    model.get_submodule("model.norm").requires_grad_(norm)
+    theirs = create_loraplus_optimizer(
+        peft, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=decay
+    )
+    config = TrainConfig(learning_rate=1e-3, lora_plus_ratio=16.0, weight_decay=decay)
+    ours = build_optimizer(model, config)
     assert _groups(ours, model) == _groups(theirs, peft)
     set_learning_rate(ours, 0.5)
-    rates = {rate for rate, _, _ in _groups(ours, model)}
-    assert rates == {0.5, 8.0}
+    assert {rate for rate, _, _ in _groups(ours, model)} == {0.5, 8.0}
 
 
 def test_lora_plus_with_a_ratio_of_one_is_lora(tiny_llama: Callable[[], PreTrainedModel]) -> None:

@@ -20,6 +20,7 @@ from halfbyte.train.checkpoint import last_good
 from halfbyte.train.display import Silent
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.metrics import StepRecord
+from halfbyte.train.optimizer import OPTIMIZERS
 
 Build = Callable[[], PreTrainedModel]
 PACKED = TrainConfig(
@@ -263,3 +264,23 @@ def test_a_resumed_run_remembers_its_best(tiny_llama: Build, rows: list[Example]
 def test_what_needs_measurements_is_refused_without_them(setting: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"train.eval_steps"):
         TrainConfig(**setting)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_with_its_state_and_the_noise_of_its_step(
+    tiny_llama: Build, rows: list[Example], tmp_path: Path, name: str
+) -> None:
+    ways = {"optimizer": name, "neftune_alpha": 5.0, "lora_plus_ratio": 4.0, "schedule": "wsd"}
+    config = TrainConfig.model_validate(PACKED.model_dump() | ways)
+    whole = _adapted(tiny_llama())
+    train(whole, rows, config, _run(whole, tmp_path / "whole"))
+    model = _adapted(tiny_llama())
+    with pytest.raises(ZeroDivisionError):
+        train(model, rows, config, _run(model, tmp_path / "cut", 3))
+    model = _adapted(tiny_llama())
+    run = _run(model, tmp_path / "cut")
+    assert run.resume is not None
+    assert run.resume.state.step == 2
+    train(model, rows, config, run)
+    assert _bits(model) == _bits(whole)
+    assert _told(tmp_path / "cut") == _told(tmp_path / "whole")

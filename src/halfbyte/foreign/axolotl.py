@@ -148,6 +148,7 @@ def rule(draft: Draft) -> None:
     rules.optimizer_defaults(draft, "optimizer")
     _template(draft)
     rules.take_back_unread(draft)
+    rules.measuring(draft, by_steps=True)
     if draft.get("excess_length_strategy") is None:
         draft.notes.append(
             "axolotl leaves out rows beyond sequence_len; here they are cut at the end, and counted."

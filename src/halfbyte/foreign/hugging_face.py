@@ -156,6 +156,7 @@ def _training(draft: Draft, defaults: Mapping[str, object], packed: bool | None)
         draft.default("train.warmup_ratio", 0.0)
     rules.optimizer_defaults(draft, "optim")
     rules.take_back_unread(draft)
+    rules.measuring(draft)
 
 
 def peft_rule(draft: Draft) -> None:

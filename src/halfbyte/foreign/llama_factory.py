@@ -151,6 +151,7 @@ def rule(draft: Draft) -> None:
     rules.optimizer_defaults(draft, "optim")
     _template(draft)
     rules.take_back_unread(draft)
+    rules.measuring(draft)
 
 
 def _in_4bit(draft: Draft) -> bool:

@@ -27,6 +27,9 @@ from halfbyte.foreign.keys import (
     whole,
 )
 
+LOGGING_STEPS = 500
+"""How often transformers logs, and measures, where nothing says it."""
+
 OPTIMIZERS = {
     "adamw": "adamw adamw_hf adamw_torch adamw_torch_fused adamw_apex_fused paged_adamw paged_adamw_32bit "
     "adamw_bnb_8bit adamw_8bit adamw_torch_8bit paged_adamw_8bit",
@@ -88,6 +91,14 @@ TRAINER: Keys = {
     "bnb_4bit_quant_type": Taken("quantization.format"),
     "bnb_4bit_use_double_quant": Taken("quantization.double_quant", flag),
     "bnb_4bit_compute_dtype": Taken("dtype", dtype),
+    "save_total_limit": Taken("train.save_total_limit", above_zero),
+    "eval_strategy": Joint("train.eval_steps"),
+    "evaluation_strategy": Joint("train.eval_steps"),
+    "eval_steps": Joint("train.eval_steps"),
+    "load_best_model_at_end": Joint("train.keep"),
+    "metric_for_best_model": Joint("train.keep"),
+    "greater_is_better": Joint("train.keep"),
+    "early_stopping_patience": Joint("train.early_stopping_patience"),
     "lr_scheduler_kwargs": Joint("train.min_lr_ratio"),
     "warmup_steps": Joint("train.warmup_steps"),
     "warmup_ratio": Joint("train.warmup_ratio"),
@@ -115,12 +126,12 @@ TRAINER: Keys = {
         "report_to run_name wandb_* mlflow_* comet_* swanlab_* hub_* push_to_hub",
     ),
     **idle(
-        "held-out rows are measured before and after training",
-        "eval_strategy evaluation_strategy eval_steps do_eval evals_per_epoch eval_accumulation_steps eval_on_start",
+        "held-out rows are measured before and after training, and where train.eval_steps says",
+        "do_eval evals_per_epoch eval_accumulation_steps eval_on_start eval_delay",
     ),
     **idle(
         "a run leaves its folder whole, and train.save_steps decides on checkpoints",
-        "save_strategy save_total_limit save_only_model save_safetensors saves_per_epoch overwrite_output_dir",
+        "save_strategy save_only_model save_safetensors saves_per_epoch overwrite_output_dir",
     ),
     **idle(
         "the log has every step",
@@ -129,13 +140,6 @@ TRAINER: Keys = {
     **idle("rows keep the columns they need", "remove_unused_columns"),
     **idle("no code of a model's folder is run", "trust_remote_code"),
     **refused("a run begins anew, from the base model", "resume_from_checkpoint"),
-    **refused(
-        "the last weights are kept, not the best measured", "load_best_model_at_end early_stopping_patience"
-    ),
-    **idle(
-        "nothing is chosen by it unless load_best_model_at_end is set",
-        "metric_for_best_model greater_is_better",
-    ),
     **refused("rows come in random order", "group_by_length", "random"),
     **refused("the optimizer has no further arguments", "optim_args optim_target_modules"),
     **refused("the batch is as large as is set", "auto_find_batch_size"),
@@ -263,6 +267,48 @@ def optimizer_defaults(draft: Draft, key: str) -> None:
     if draft.value("train.optimizer") == "sgd":
         for setting in ("train.beta1", "train.beta2", "train.eps"):
             draft.drop_section(setting, "sgd does not read it")
+
+
+def measuring(draft: Draft, by_steps: bool = False) -> None:
+    """Decide when held-out rows are measured while training, and what follows from it.
+
+    Args:
+        draft: Gets the settings; has decided what is held out.
+        by_steps: Whether `eval_steps` alone is enough, without a strategy beside it.
+    """
+    keys = [
+        key for key in ("eval_strategy", "evaluation_strategy", "eval_steps") if draft.get(key) is not None
+    ]
+    strategy = draft.get("eval_strategy") or draft.get("evaluation_strategy")
+    if strategy is None and by_steps and draft.get("eval_steps") is not None:
+        strategy = "steps"
+    held_out = "data.eval" in draft.lines or draft.value("data.eval_fraction")
+    steps = number(draft.get("eval_steps") or draft.get("logging_steps") or LOGGING_STEPS)
+    if strategy == "steps" and held_out and steps >= 1:
+        draft.set("train.eval_steps", whole(steps), *keys)
+    else:
+        draft.ignore("held-out rows, where there are any, are measured before and after", *keys)
+    _best(draft)
+
+
+def _best(draft: Draft) -> None:
+    """Decide which weights are kept, and whether training ends early: by the held-out loss, if it is measured."""
+    measured = "train.eval_steps" in draft.lines
+    if draft.on("load_best_model_at_end") and not measured:
+        draft.refuse("load_best_model_at_end", "needs rows held out and a number of eval_steps, at least 1")
+    elif draft.on("load_best_model_at_end"):
+        draft.set("train.keep", "best", "load_best_model_at_end")
+    else:
+        draft.ignore("asks for nothing at this value", "load_best_model_at_end")
+    if draft.get("metric_for_best_model") not in (None, "loss", "eval_loss") or draft.on("greater_is_better"):
+        draft.refuse("metric_for_best_model", "the held-out loss decides")
+    draft.ignore("the held-out loss decides", "metric_for_best_model", "greater_is_better")
+    if (patience := draft.get("early_stopping_patience")) is None:
+        return
+    if measured:
+        draft.set("train.early_stopping_patience", whole(patience), "early_stopping_patience")
+    else:
+        draft.refuse("early_stopping_patience", "needs rows held out and a number of eval_steps, at least 1")
 
 
 def take_back_unread(draft: Draft) -> None:
