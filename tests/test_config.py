@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from halfbyte.config import load_config
 from halfbyte.errors import ConfigError, nearest_name
+from halfbyte.foreign.tools import FOREIGN_NAMES
 from halfbyte.settings import SECTIONS, SETTINGS, Config
 
 LEAST = "model: m\ndata: {train: rows.jsonl}\n"
@@ -301,3 +302,11 @@ def test_a_ratio_of_adapter_matrices_without_an_adapter_is_refused(tmp_path: Pat
     error = fault(tmp_path, text, "method=full")
     assert error.code == "HB102"
     assert "line 4: `train.lora_plus_ratio` got 16.0, expected null: method full" in error.what
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN_NAMES.keys() - Config.model_fields.keys()))
+def test_a_name_of_another_tool_is_refused_with_ours(tmp_path: Path, name: str) -> None:
+    error = fault(tmp_path, LEAST + f"{name}: 1\n")
+    assert error.code == "HB101"
+    leaves = {setting for setting in SETTINGS if setting.rpartition(".")[2] == name}
+    assert any(f"did you mean `{ours}`?" in error.what for ours in leaves or {FOREIGN_NAMES[name]})

@@ -88,6 +88,21 @@ def test_the_model_hears_the_noise_within_the_block_only(
         assert torch.equal(model(ids).logits, quiet)
 
 
+def test_what_is_measured_within_the_block_has_none(
+    tiny_llama: Callable[[], PreTrainedModel], rows: list[Example]
+) -> None:
+    model, batch = tiny_llama(), pack(rows[:1])
+    other = torch.from_numpy(pack(rows[1:2]).input_ids)
+    quiet = model(other).logits
+    with embedding_noise(model, ALPHA, batch, (0, 0, 0)):
+        model(torch.from_numpy(batch.input_ids))
+        with torch.no_grad():
+            assert torch.equal(model(other).logits, quiet)
+    refused = pytest.raises(TrainError, match="HB507")
+    with refused, embedding_noise(model, ALPHA, batch, (0, 0, 0)), torch.no_grad():
+        model(other)
+
+
 def test_a_model_that_does_not_ask_its_embeddings_is_refused(
     tiny_llama: Callable[[], PreTrainedModel], rows: list[Example]
 ) -> None:

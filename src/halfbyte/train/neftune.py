@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def embedding_noise(
     model: PreTrainedModel, alpha: float | None, batch: Batch, draw: tuple[int, ...]
 ) -> Iterator[None]:
-    """Within the block, the model's input embeddings of a batch come with noise.
+    """Within the block, the model's input embeddings of a batch come with noise, unless no gradient is asked for.
 
     Args:
         model: Causal language model of transformers.
@@ -46,6 +46,8 @@ def embedding_noise(
 
     def add_noise(_: torch.nn.Module, __: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
         nonlocal asked
+        if not torch.is_grad_enabled():  # measured on the way, such as what an objective compares with
+            return embeddings
         asked = True
         return embeddings + noise_of(batch, embeddings.shape[-1], alpha, draw).to(embeddings)
 
