@@ -354,7 +354,9 @@ def test_paths_are_those_of_the_recipe_wherever_it_lies(copy: Copy, desk: Path) 
     assert call("config", "import", file, "-o", "recipes/recipe.yaml").exit_code == 0
     assert load_config("recipes/recipe.yaml").data.train == [str(desk / "data" / "train.json")]
     assert call("config", "import", file, "-o", "recipe.yaml").exit_code == 0
-    assert "train: data/train.json  #" in Path("recipe.yaml").read_text(encoding="utf-8")
+    text = Path("recipe.yaml").read_text(encoding="utf-8")
+    assert "train: data/train.json  #" in text
+    assert "model: model  #" in text
 
 
 def test_a_listed_data_set_of_other_columns_is_refused(desk: Path) -> None:

@@ -5,6 +5,7 @@ It owns how a path of theirs becomes one of ours; it must not know any tool's ke
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from halfbyte.foreign.draft import Draft
@@ -15,8 +16,8 @@ ROWS = {".json", ".jsonl"}
 def local(draft: Draft, name: str) -> Path | None:
     """The file or folder of a name, looked for where the tool was called and beside its settings; None if neither."""
     for place in draft.places:
-        if (found := (place / Path(name).expanduser()).resolve()).exists():
-            return found
+        if (found := place / Path(name).expanduser()).exists():
+            return Path(os.path.abspath(found))  # a link stays the name it was given
     return None
 
 

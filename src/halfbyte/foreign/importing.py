@@ -95,7 +95,7 @@ def import_file(
     chosen.rule(draft)
     _check(draft, file, drop)
     assert not draft.unaccounted(), draft.unaccounted()
-    folder = (folder or Path.cwd()).resolve()
+    folder = (folder or Path.cwd()).absolute()
     lines = {name: _placed(draft.lines[name], name, folder) for name in SETTINGS if name in draft.lines}
     required = [f"{s}.{n}" for s, m in SECTIONS.items() for n, f in m.model_fields.items() if f.is_required()]
     required += [n for n, f in Config.model_fields.items() if f.is_required() and n not in SECTIONS]
