@@ -177,6 +177,7 @@ def refusal(file: Path, text: str, tool: str | None = None, *drop: str) -> Confi
     return caught.value
 
 
+MEASURED = "val_set_size: 0.1\neval_steps: 50\n"
 AXOLOTL = "base_model: m\nmicro_batch_size: 1\n"
 FACTORY = "model_name_or_path: m\nstage: sft\nlora_target: all\n"
 TRL = "model_name_or_path: m\nuse_peft: true\nlora_target_modules: all-linear\n"
@@ -259,6 +260,10 @@ def test_an_adapter_gives_its_part_of_a_recipe_and_says_what_is_missing(copy: Co
         (AXOLOTL + "learning_rate: fast", "`learning_rate`: 'fast' is no number"),
         (AXOLOTL + "val_set_size: 200", "`val_set_size`: 200 is a number of rows"),
         (AXOLOTL + "datasets: rows.json", "`datasets`: is no list of mappings"),
+        (
+            AXOLOTL + "datasets: [{path: a, type: {field_output: b}}]",
+            "`datasets[0].type`: {'field_output': 'b'}",
+        ),
         (AXOLOTL + "datasets: [{path: a, type: sharegpt}]", "`datasets[0].type`: 'sharegpt' is none of"),
         (AXOLOTL + "datasets: [{path: a, split: 'train[:9]'}]", "`datasets[0].split`: 'train[:9]'"),
         (AXOLOTL + "datasets: [{path: a, roles: {user: [human]}}]", "`datasets[0].roles`"),
@@ -276,6 +281,16 @@ def test_an_adapter_gives_its_part_of_a_recipe_and_says_what_is_missing(copy: Co
         (FACTORY + "use_dora: true", "`use_dora`: this kind of adapter"),
         (FACTORY + "lr_scheduler_type: warmup_stable_decay", "`lr_scheduler_kwargs`: a decay in steps needs"),
         (FACTORY + "lr_scheduler_kwargs: {num_cycles: 2}", "`lr_scheduler_kwargs`: num_cycles: no argument"),
+        (
+            FACTORY + "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: a}",
+            "is no number",
+        ),
+        (FACTORY + "eval_steps: often", "`eval_steps`: 'often' is no number"),
+        (
+            AXOLOTL + MEASURED + "early_stopping_patience: few",
+            "`early_stopping_patience`: 'few' is no number",
+        ),
+        (AXOLOTL + "warmup_steps: 10.5", "`warmup_steps`: 10.5 is no whole number"),
         (FACTORY + "warmup_ratio: some", "`warmup_ratio`: 'some' is no number"),
         (TRL + "assistant_only_loss: false", "`assistant_only_loss`: only answers"),
         (TRL + "bnb_4bit_compute_dtype: int8", "`bnb_4bit_compute_dtype`: 'int8' is none of"),
@@ -386,9 +401,6 @@ def test_a_listed_data_set_of_other_columns_is_refused(desk: Path) -> None:
     assert import_file(file).lines["data.format"].value == "messages"
 
 
-MEASURED = "val_set_size: 0.1\neval_steps: 50\n"
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -476,3 +488,24 @@ def test_the_table_of_names_leads_to_settings() -> None:
     assert set(FOREIGN_NAMES.values()) <= set(SETTINGS)
     assert len(FOREIGN_NAMES) > 60
     assert not [name for tool in TOOLS.values() for name in tool.signature if name not in tool.keys]
+
+
+ODD: tuple[object, ...] = ("word", 0.5, -1, ["a", 1], {"a": 1})
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_no_value_of_any_key_is_a_crash(desk: Path, tool: str, odd: object) -> None:
+    file = desk / "theirs.json"
+    codes = set()
+    for key in (key for key in TOOLS[tool].keys if not key.endswith("*")):
+        file.write_text(json.dumps({key: odd}), encoding="utf-8")
+        try:
+            imported = import_file(file, tool)
+        except ConfigError as error:
+            codes.add(error.code)
+        else:
+            assert key in imported.idle or key in {
+                k for line in imported.lines.values() for k in line.sources
+            }
+    assert codes <= {"HB105"}

@@ -134,7 +134,7 @@ def rule(draft: Draft) -> None:
     if len(formats) == 1:
         draft.set("data.format", *formats, "datasets")
     adapter = draft.get("adapter")
-    if adapter is not None and adapter not in {"lora", "qlora"}:
+    if adapter is not None and adapter not in ("lora", "qlora"):
         draft.refuse("adapter", f"{adapter!r} is neither lora nor qlora")
     if adapter is not None:
         _targets(draft)
@@ -180,7 +180,7 @@ def _rows(draft: Draft, key: str, setting: str) -> set[str]:
         data_files = entry.get("data_files") or []
         names += [data_files] if isinstance(data_files, str) else data_files or [str(entry["path"])]
         kind = entry.get("type")
-        if kind in FORMATS:
+        if isinstance(kind, str) and kind in FORMATS:
             formats.add(FORMATS[kind])
         elif kind is not None:
             draft.refuse(f"{key}[{number_}].type", f"{kind!r} is none of {', '.join(FORMATS)}")
@@ -209,10 +209,10 @@ def _template(draft: Draft) -> None:
         read = one_of({"chatml": "chatml", "tokenizer_default": "tokenizer"})
         draft.set(
             "data.template",
-            read(name) if name in {"chatml", "tokenizer_default"} else "auto",
+            read(name) if name in ("chatml", "tokenizer_default") else "auto",
             "chat_template",
         )
-        if name not in {"chatml", "tokenizer_default"}:
+        if name not in ("chatml", "tokenizer_default"):
             draft.notes.append(
                 f"chat_template {name}: the model's own template is used; see it with halfbyte data show."
             )

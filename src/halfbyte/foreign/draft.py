@@ -5,7 +5,7 @@ It owns the account of every key; it must not know what any tool's keys mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,16 @@ class Draft:
         """A key's value; None where it is missing or left empty."""
         value = self.given.get(key)
         return None if value == "" else value
+
+    def read_as(self, key: str, read: Callable[[Any], Any]) -> Any:
+        """A key's value through a reader; None where it is missing, or the reader refuses it."""
+        if (value := self.get(key)) is None:
+            return None
+        try:
+            return read(value)
+        except UnreadError as error:
+            self.refuse(key, f"{value!r} {error}")
+            return None
 
     def on(self, key: str) -> bool:
         """Whether a key is given and true."""
@@ -135,10 +145,8 @@ class Draft:
             self.refuse(key, meaning.why)
 
     def _take(self, key: str, value: Any, meaning: Taken) -> None:
-        try:
-            read = meaning.read(value)
-        except UnreadError as error:
-            self.refuse(key, f"{value!r} {error}")
+        read = self.read_as(key, meaning.read)
+        if key in self.refused:
             return
         if read is UNSET:
             self.idle[key] = "not set at this value"

@@ -139,7 +139,7 @@ def one_of(choices: dict[str, str]) -> Callable[[Any], str]:
     """A reader that takes their names for ours."""
 
     def read(value: Any) -> str:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise UnreadError(f"is none of {', '.join(choices)}")
         return choices[value]
 

@@ -134,7 +134,7 @@ def rule(draft: Draft) -> None:
     if len(formats) == 1:
         draft.set("data.format", *formats, "dataset", remark="dataset_info.json")
     kind = draft.get("finetuning_type") or "lora"
-    if kind not in {"lora", "full"}:
+    if kind not in ("lora", "full"):
         draft.refuse("finetuning_type", f"{kind!r} is neither lora nor full")
     if kind == "full":
         draft.ignore("method full trains no adapter", "lora_target")

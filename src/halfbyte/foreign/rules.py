@@ -173,13 +173,9 @@ def passes(
         packed: Whether rows are packed; None where nothing says so, and they are not.
         packing: Keys that say it.
     """
-    given = draft.get(size)
+    given = draft.read_as(size, whole)
+    rows = default_size if given is None else given
     said = [key for key in packing if draft.get(key) is not None]
-    try:
-        rows = default_size if given is None else whole(given)
-    except UnreadError as error:
-        draft.refuse(size, f"{given!r} {error}")
-        rows = default_size
     keys = [key for key in (size, length) if draft.get(key) is not None]
     default = draft.by_default
     if not packed:
@@ -194,7 +190,7 @@ def passes(
 def schedule(draft: Draft, key: str, default: str) -> None:
     """Decide schedule and warm-up: transformers' `constant` has none, and some schedules have arguments."""
     theirs = draft.get(key) or default
-    if theirs not in SCHEDULES:
+    if not isinstance(theirs, str) or theirs not in SCHEDULES:
         draft.refuse(key, f"{theirs!r} is none of {', '.join(SCHEDULES)}")
         draft.ignore(f"read by {key} alone", "lr_scheduler_kwargs")
     else:
@@ -205,7 +201,10 @@ def schedule(draft: Draft, key: str, default: str) -> None:
             *sources,
             remark="" if sources else draft.by_default,
         )
-        _schedule_arguments(draft, theirs)
+        try:
+            _schedule_arguments(draft, theirs)
+        except UnreadError as error:
+            draft.refuse("lr_scheduler_kwargs", f"{draft.get('lr_scheduler_kwargs')!r} {error}")
     if theirs == "constant":
         draft.ignore("constant is without warm-up there", "warmup_steps", "warmup_ratio")
         draft.set("train.warmup_ratio", 0.0, key, remark="constant is without warm-up there")
@@ -244,16 +243,15 @@ def _warmup(draft: Draft) -> None:
         if "train.warmup_steps" in draft.lines:
             draft.ignore("warmup_steps beats it", name)
             continue
-        try:
-            read = number(given)
-            if name == "warmup_ratio" or 0 < read < 1:
-                draft.set("train.warmup_ratio", read, name)
-            elif read >= 1:
-                draft.set("train.warmup_steps", whole(read), name)
-            else:
-                draft.ignore("not set at this value", name)
-        except UnreadError as error:
-            draft.refuse(name, f"{given!r} {error}")
+        read = draft.read_as(name, number)
+        if read is None:
+            continue
+        if name == "warmup_ratio" or 0 < read < 1:
+            draft.set("train.warmup_ratio", read, name)
+        elif read < 1:
+            draft.ignore("not set at this value", name)
+        elif (steps := draft.read_as(name, whole)) is not None:
+            draft.set("train.warmup_steps", steps, name)
 
 
 def optimizer_defaults(draft: Draft, key: str) -> None:
@@ -283,9 +281,10 @@ def measuring(draft: Draft, by_steps: bool = False) -> None:
     if strategy is None and by_steps and draft.get("eval_steps") is not None:
         strategy = "steps"
     held_out = "data.eval" in draft.lines or draft.value("data.eval_fraction")
-    steps = number(draft.get("eval_steps") or draft.get("logging_steps") or LOGGING_STEPS)
+    said = draft.read_as("eval_steps", number) or draft.read_as("logging_steps", number)
+    steps = said or LOGGING_STEPS
     if strategy == "steps" and held_out and steps >= 1:
-        draft.set("train.eval_steps", whole(steps), *keys)
+        draft.set("train.eval_steps", int(steps), *keys)
     else:
         draft.ignore("held-out rows, where there are any, are measured before and after", *keys)
     _best(draft)
@@ -303,10 +302,10 @@ def _best(draft: Draft) -> None:
     if draft.get("metric_for_best_model") not in (None, "loss", "eval_loss") or draft.on("greater_is_better"):
         draft.refuse("metric_for_best_model", "the held-out loss decides")
     draft.ignore("the held-out loss decides", "metric_for_best_model", "greater_is_better")
-    if (patience := draft.get("early_stopping_patience")) is None:
+    if (patience := draft.read_as("early_stopping_patience", whole)) is None:
         return
     if measured:
-        draft.set("train.early_stopping_patience", whole(patience), "early_stopping_patience")
+        draft.set("train.early_stopping_patience", patience, "early_stopping_patience")
     else:
         draft.refuse("early_stopping_patience", "needs rows held out and a number of eval_steps, at least 1")
 
