@@ -264,7 +264,7 @@ def test_an_adapter_gives_its_part_of_a_recipe_and_says_what_is_missing(copy: Co
             AXOLOTL + "datasets: [{path: a, type: {field_output: b}}]",
             "`datasets[0].type`: {'field_output': 'b'}",
         ),
-        (AXOLOTL + "datasets: [{path: a, type: sharegpt}]", "`datasets[0].type`: 'sharegpt' is none of"),
+        (AXOLOTL + "datasets: [{path: a, type: oasst}]", "`datasets[0].type`: 'oasst' is none of"),
         (AXOLOTL + "datasets: [{path: a, split: 'train[:9]'}]", "`datasets[0].split`: 'train[:9]'"),
         (AXOLOTL + "datasets: [{path: a, roles: {user: [human]}}]", "`datasets[0].roles`"),
         (AXOLOTL + "special_tokens: {eos_token: '</s>'}", "`special_tokens`: only pad_token"),
@@ -396,9 +396,10 @@ def test_a_listed_data_set_of_other_columns_is_refused(desk: Path) -> None:
     (desk / "data" / "dataset_info.json").write_text(json.dumps(listed), encoding="utf-8")
     file = desk / "theirs.yaml"
     error = refusal(file, FACTORY + "dataset: plain,other,talks,messages,hub\n")
-    assert [name for name in listed if f"`dataset.{name}`" in error.what] == ["other", "talks", "hub"]
-    file.write_text(FACTORY + "dataset: messages\n", encoding="utf-8")
-    assert import_file(file).lines["data.format"].value == "messages"
+    assert [name for name in listed if f"`dataset.{name}`" in error.what] == ["other", "hub"]
+    for name, form in (("plain", "alpaca"), ("talks", "sharegpt"), ("messages", "messages")):
+        file.write_text(FACTORY + f"dataset: {name}\n", encoding="utf-8")
+        assert import_file(file).lines["data.format"].value == form
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ KEYS: Keys = {
     **refused("the tokenizer is the model folder's", "tokenizer_config"),
 }
 
-FORMATS = {"alpaca": "alpaca", "completion": "text", "chat_template": "messages"}
+FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": "messages"}
 # Parts of a data set that say what is so here anyway.
 USUAL: dict[str, tuple[object, ...]] = {
     "split": ("train",),

@@ -115,6 +115,7 @@ DEFAULTS = {
 # Columns and tags of a listed data set that are those of our formats.
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 MESSAGES = {"messages": "messages"}
+SHAREGPT = {"messages": "conversations"}
 TAGS = {
     "role_tag": "role",
     "content_tag": "content",
@@ -226,4 +227,6 @@ def _format(entry: dict[str, Any]) -> str:
         and tags.items() >= TAGS.items() - {("system_tag", "system")}
     ):
         return "messages"
+    if entry.get("formatting") == "sharegpt" and columns in ({}, SHAREGPT) and not tags:
+        return "sharegpt"
     raise UnreadError("its columns are not those of a format here: see docs/errors.md, HB202")
