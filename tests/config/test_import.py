@@ -48,8 +48,14 @@ EXPECTED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         },
     ),
     "axolotl/lora_8bit.yml": (
-        ("load_in_8bit", "lora_modules_to_save"),
-        {"method": "lora", "data.eval_fraction": 0.05, "train.warmup_ratio": 0.1, "train.batch_tokens": 512},
+        ("load_in_8bit",),
+        {
+            "method": "lora",
+            "lora.modules_to_save": ["embed_tokens", "lm_head"],
+            "data.eval_fraction": 0.05,
+            "train.warmup_ratio": 0.1,
+            "train.batch_tokens": 512,
+        },
     ),
     "axolotl/instruct.yml": (
         (),
@@ -180,6 +186,7 @@ def refusal(file: Path, text: str, tool: str | None = None, *drop: str) -> Confi
 MEASURED = "val_set_size: 0.1\neval_steps: 50\n"
 AXOLOTL = "base_model: m\nmicro_batch_size: 1\n"
 FACTORY = "model_name_or_path: m\nstage: sft\nlora_target: all\n"
+PEFT = "peft_type: LORA\ntarget_modules: [a]\n"
 TRL = "model_name_or_path: m\nuse_peft: true\nlora_target_modules: all-linear\n"
 
 
@@ -278,7 +285,8 @@ def test_an_adapter_gives_its_part_of_a_recipe_and_says_what_is_missing(copy: Co
             FACTORY + "per_device_train_batch_size: 1.5",
             "`per_device_train_batch_size`: 1.5 is no whole number",
         ),
-        (FACTORY + "use_dora: true", "`use_dora`: this kind of adapter"),
+        (FACTORY + "oft_rank: 4", "`oft_rank`: this kind of adapter"),
+        (AXOLOTL + "peft_init_lora_weights: olora", "`peft_init_lora_weights`: 'olora' is none of"),
         (FACTORY + "lr_scheduler_type: warmup_stable_decay", "`lr_scheduler_kwargs`: a decay in steps needs"),
         (FACTORY + "lr_scheduler_kwargs: {num_cycles: 2}", "`lr_scheduler_kwargs`: num_cycles: no argument"),
         (
@@ -295,11 +303,7 @@ def test_an_adapter_gives_its_part_of_a_recipe_and_says_what_is_missing(copy: Co
         (TRL + "assistant_only_loss: false", "`assistant_only_loss`: only answers"),
         (TRL + "bnb_4bit_compute_dtype: int8", "`bnb_4bit_compute_dtype`: 'int8' is none of"),
         ("peft_type: IA3\ntarget_modules: [a]", "`peft_type`: LoRA is the one kind"),
-        ("peft_type: LORA\ntarget_modules: [a]\nuse_dora: true", "`use_dora`"),
-        (
-            "peft_type: LORA\ntarget_modules: [a]\nrank_pattern: {a: 4}",
-            "`rank_pattern`: every layer has the same",
-        ),
+        ("peft_type: LORA\ntarget_modules: [a]\nlora_bias: true", "`lora_bias`: this kind of adapter"),
     ],
 )
 def test_what_changes_the_result_is_refused_by_name(desk: Path, text: str, said: str) -> None:
@@ -400,6 +404,37 @@ def test_a_listed_data_set_of_other_columns_is_refused(desk: Path) -> None:
     for name, form in (("plain", "alpaca"), ("talks", "sharegpt"), ("messages", "messages")):
         file.write_text(FACTORY + f"dataset: {name}\n", encoding="utf-8")
         assert import_file(file).lines["data.format"].value == form
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (AXOLOTL + "adapter: lora\nlora_target_linear: true\npeft_use_dora: true", {"lora.dora": True}),
+        (
+            FACTORY + "use_rslora: true\npissa_init: true",
+            {"lora.rank_stabilised": True, "lora.init": "pissa"},
+        ),
+        (
+            FACTORY + "pissa_init: false\nadditional_target: embed_tokens,lm_head",
+            {"lora.modules_to_save": ["embed_tokens", "lm_head"]},
+        ),
+        (TRL + "use_dora: true\nlora_modules_to_save: []", {"lora.dora": True}),
+        (
+            PEFT + "init_lora_weights: pissa_niter_16\nrank_pattern: {b: 4}\nalpha_pattern: {}",
+            {"lora.init": "pissa", "lora.rank_pattern": {"b": 4}},
+        ),
+    ],
+)
+def test_variants_of_lora_are_taken(desk: Path, text: str, expected: dict[str, object]) -> None:
+    (desk / "theirs.yaml").write_text(text, encoding="utf-8")
+    imported = import_file(desk / "theirs.yaml")
+    names = ("dora", "rank_stabilised", "init", "modules_to_save", "rank_pattern", "alpha_pattern")
+    lines = {
+        f"lora.{name}": imported.lines[f"lora.{name}"].value
+        for name in names
+        if f"lora.{name}" in imported.lines
+    }
+    assert {name: value for name, value in lines.items() if value is not False} == expected
 
 
 @pytest.mark.parametrize(

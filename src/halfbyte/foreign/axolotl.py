@@ -11,7 +11,20 @@ from typing import Any
 
 from halfbyte.foreign import files, rules
 from halfbyte.foreign.draft import Draft
-from halfbyte.foreign.keys import Joint, Keys, Refused, Taken, idle, number, one_of, refused, whole
+from halfbyte.foreign.keys import (
+    Joint,
+    Keys,
+    Refused,
+    Taken,
+    beginning,
+    filled,
+    flag,
+    idle,
+    number,
+    one_of,
+    refused,
+    whole,
+)
 
 TITLE = "axolotl"
 SIGNATURE = frozenset({"base_model", "micro_batch_size", "sequence_len", "datasets", "num_epochs", "adapter"})
@@ -40,6 +53,10 @@ KEYS: Keys = {
     "lora_r": Taken("lora.r", whole),
     "lora_alpha": Taken("lora.alpha", number),
     "lora_dropout": Taken("lora.dropout", number),
+    "lora_modules_to_save": Taken("lora.modules_to_save", filled),
+    "peft_init_lora_weights": Taken("lora.init", beginning),
+    "peft_use_dora": Taken("lora.dora", flag),
+    "peft_use_rslora": Taken("lora.rank_stabilised", flag),
     "loraplus_lr_ratio": Taken("train.lora_plus_ratio", number),
     "loraplus_lr_embedding": rules.EMBEDDING_RATE,
     **idle("kernels are chosen by halfbyte, see `halfbyte doctor`", "flash_* sdp_attention"),
@@ -71,11 +88,9 @@ KEYS: Keys = {
         "ddp world_size max_memory gpu_memory_limit sequence_parallel_degree",
     ),
     **refused("only answers are learnt", "train_on_inputs"),
-    **refused("no layer is trained whole beside an adapter", "lora_modules_to_save unfrozen_parameters", []),
-    **refused("an adapter begins anew", "lora_model_dir peft_init_lora_weights", True),
-    **refused(
-        "this kind of adapter is not there", "peft_use_dora peft_use_rslora peft_layer_replication relora"
-    ),
+    **refused("no layer is trained whole beside an adapter", "unfrozen_parameters", []),
+    **refused("an adapter begins anew", "lora_model_dir"),
+    **refused("this kind of adapter is not there", "peft_layer_replication relora"),
     **refused(
         "this kind of adapter is not there",
         "lora_target_parameters peft_layers_to_transform peft loftq_config",

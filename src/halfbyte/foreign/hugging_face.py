@@ -11,7 +11,20 @@ from collections.abc import Mapping
 
 from halfbyte.foreign import files, rules
 from halfbyte.foreign.draft import Draft
-from halfbyte.foreign.keys import Joint, Keys, Refused, Taken, dtype, flag, idle, number, refused, whole
+from halfbyte.foreign.keys import (
+    Joint,
+    Keys,
+    Refused,
+    Taken,
+    beginning,
+    dtype,
+    filled,
+    flag,
+    idle,
+    number,
+    refused,
+    whole,
+)
 
 PEFT_TITLE, TRL_TITLE, TRANSFORMERS_TITLE = "PEFT", "TRL", "transformers"
 PEFT_SIGNATURE = frozenset({"peft_type"})
@@ -51,6 +64,9 @@ TRL_KEYS: Keys = {
     "lora_r": Taken("lora.r", whole),
     "lora_alpha": Taken("lora.alpha", number),
     "lora_dropout": Taken("lora.dropout", number),
+    "lora_modules_to_save": Taken("lora.modules_to_save", filled),
+    "use_dora": Taken("lora.dora", flag),
+    "use_rslora": Taken("lora.rank_stabilised", flag),
     "max_length": Taken("data.max_length", whole),
     "max_seq_length": Taken("data.max_length", whole),
     "use_bnb_nested_quant": Taken("quantization.double_quant", flag),
@@ -68,8 +84,7 @@ TRL_KEYS: Keys = {
     "truncation_mode": Refused("rows are cut at the end", ("keep_start",)),
     "loss_type": Refused("the loss is cross-entropy", ("nll",)),
     **refused("rows are read whole", "dataset_streaming"),
-    **refused("this kind of adapter is not there", "use_dora use_rslora lora_target_parameters"),
-    **refused("no layer is trained whole beside an adapter", "lora_modules_to_save", []),
+    **refused("this kind of adapter is not there", "lora_target_parameters"),
     **refused("a template is the tokenizer's, chatml or plain", "chat_template_path eos_token"),
     **refused("rows have no further arguments", "dataset_kwargs model_init_kwargs"),
 }
@@ -82,18 +97,22 @@ PEFT_KEYS: Keys = {
     "peft_type": Joint("method"),
     "task_type": Refused("a causal language model is all there is", ("CAUSAL_LM",)),
     "bias": Refused("no bias is trained beside an adapter", ("none",)),
-    "init_lora_weights": Refused("A begins at random, B at zero", (True,)),
+    "init_lora_weights": Taken("lora.init", beginning),
+    "rank_pattern": Taken("lora.rank_pattern", filled),
+    "alpha_pattern": Taken("lora.alpha_pattern", filled),
+    "modules_to_save": Taken("lora.modules_to_save", filled),
+    "use_dora": Taken("lora.dora", flag),
+    "use_rslora": Taken("lora.rank_stabilised", flag),
     **idle("says how PEFT made or loads the file", "inference_mode auto_mapping peft_version megatron_core"),
     **idle("read only with a choice that is refused", "layers_pattern qalora_group_size ensure_weight_tying"),
     **idle("says how a weight is stored, which is seen on loading", "fan_in_fan_out"),
     **idle("says how PEFT runs, not what it computes", "runtime_config"),
-    **refused("this kind of adapter is not there", "use_rslora use_dora use_qalora lora_bias use_bdlora"),
+    **refused("this kind of adapter is not there", "use_qalora lora_bias use_bdlora"),
     **refused(
         "this kind of adapter is not there", "velora_config monteclora_config kasa_config arrow_config"
     ),
     **refused("A begins at random, B at zero", "loftq_config eva_config corda_config lora_ga_config", {}),
-    **refused("every layer has the same rank and alpha", "rank_pattern alpha_pattern", {}),
-    **refused("no layer is trained whole beside an adapter", "modules_to_save trainable_token_indices", []),
+    **refused("no layer is trained whole beside an adapter", "trainable_token_indices", []),
     **refused("all layers of the names given are adapted", "layers_to_transform exclude_modules", []),
     **refused("layers stay as many as they are", "layer_replication megatron_config alora_invocation_tokens"),
     **refused("adapters stand beside layers, not parameters", "target_parameters", []),

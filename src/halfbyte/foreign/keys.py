@@ -135,6 +135,19 @@ def name_list(value: Any) -> list[str]:
     return [name for part in parts if (name := str(part).strip())]
 
 
+def filled(value: Any) -> Any:
+    """A list or mapping; none where it is empty."""
+    return value or UNSET
+
+
+def beginning(value: Any) -> object:
+    """How an adapter begins, in PEFT's words; none for PEFT's default."""
+    if value is True:
+        return UNSET
+    name = "pissa" if str(value).startswith("pissa_niter_") else value
+    return one_of({n: n for n in ("gaussian", "pissa", "loftq")})(name)
+
+
 def one_of(choices: dict[str, str]) -> Callable[[Any], str]:
     """A reader that takes their names for ours."""
 

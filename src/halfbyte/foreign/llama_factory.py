@@ -14,6 +14,7 @@ from typing import Any
 from halfbyte.foreign import files, rules
 from halfbyte.foreign.draft import Draft
 from halfbyte.foreign.keys import (
+    UNSET,
     Joint,
     Keys,
     Taken,
@@ -31,6 +32,12 @@ TITLE = "LLaMA-Factory"
 SIGNATURE = frozenset(
     {"finetuning_type", "stage", "cutoff_len", "lora_rank", "lora_target", "dataset_dir", "quantization_bit"}
 )
+
+
+def pissa(value: Any) -> object:
+    """How an adapter begins where LLaMA-Factory asks for PiSSA."""
+    return "pissa" if flag(value) else UNSET
+
 
 KEYS: Keys = {
     **rules.TRAINER,
@@ -54,10 +61,15 @@ KEYS: Keys = {
     "lora_rank": Taken("lora.r", whole),
     "lora_alpha": Taken("lora.alpha", number),
     "lora_dropout": Taken("lora.dropout", number),
+    "additional_target": Taken("lora.modules_to_save", name_list),
+    "pissa_init": Taken("lora.init", pissa),
+    "use_dora": Taken("lora.dora", flag),
+    "use_rslora": Taken("lora.rank_stabilised", flag),
     "loraplus_lr_ratio": Taken("train.lora_plus_ratio", number),
     "loraplus_lr_embedding": rules.EMBEDDING_RATE,
     "quantization_type": Taken("quantization.format", one_of({"nf4": "nf4", "fp4": "fp4"})),
     "double_quantization": Taken("quantization.double_quant", flag),
+    **idle("what is saved is a plain LoRA for the base, decomposed exactly", "pissa_convert pissa_iter"),
     **idle("training is what a run does", "do_train plot_loss print_param_status"),
     **idle(
         "rows are read and tokenised anew",
@@ -88,9 +100,9 @@ KEYS: Keys = {
     ),
     **refused("rows are read whole", "streaming"),
     **refused("4-bit weights are in bitsandbytes' format", "quantization_method", "bnb", "bitsandbytes"),
-    **refused("no layer is trained whole beside an adapter", "additional_target freeze_trainable_layers"),
+    **refused("no layer is trained whole beside an adapter", "freeze_trainable_layers"),
     **refused("an adapter begins anew", "adapter_name_or_path create_new_adapter"),
-    **refused("this kind of adapter is not there", "use_rslora use_dora pissa_init use_llama_pro oft_rank"),
+    **refused("this kind of adapter is not there", "use_llama_pro oft_rank"),
     **refused("this optimizer is not there", "use_galore use_apollo use_badam use_muon use_adam_mini"),
     **refused("this attention is not there", "shift_attn rope_scaling mixture_of_depths"),
     **refused(
