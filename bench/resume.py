@@ -63,7 +63,7 @@ def start(target: Path, *, resume: bool) -> subprocess.Popen[bytes]:
     """A training run as a process."""
     settings = {
         "data.train": f"[{shared('datasets/alpaca/alpaca_en_demo.json')}]",
-        "data.max_length": "512",
+        "data.max_length": "1024",
         "lora.dropout": "0.1",
         "train.batch_size": "4",
         "train.gradient_accumulation_steps": "2",
