@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_those_of_all_logits_however_the_step_is_cut(
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     reference = {e.id: -0.3 * len(e.input_ids) for e in pairs}
-    loss = PairLoss(objective, SPEC, reference)
+    loss = PairLoss(SPEC, reference, objective)
     naive = tiny_llama()
     logp = torch.stack([exact(naive, example) for example in pairs])
     tokens = torch.tensor([float(e.trained[1:].sum()) for e in pairs], dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_an_untrained_adapter_is_its_own_reference(tiny_llama: Build, pairs: lis
     model = tiny_llama()
     add_lora(model, LoraSpec(r=4), seed=1)
     batch = pack(pairs)
-    loss = PairLoss("dpo", SPEC, reference_logps(model, [batch]))
+    loss = PairLoss(SPEC, reference_logps(model, [batch]), "dpo")
     found = accumulate(model, batch, 8, NAMES, loss)
     assert found.loss == pytest.approx(np.log(2), abs=1e-6)
     assert found.rewards is not None
@@ -103,7 +103,7 @@ def test_training_makes_the_better_answers_win(
 ) -> None:
     model = tiny_llama()
     add_lora(model, LoraSpec(r=8), seed=1)
-    loss = PairLoss(objective, SPEC, reference_logps(model, [pack(pairs)]))
+    loss = PairLoss(SPEC, reference_logps(model, [pack(pairs)]), objective)
     config = TrainConfig(batch_tokens=160, max_steps=60, learning_rate=1e-2, schedule="constant")
     train(model, pairs, config, TrainRun(tmp_path, lambda _: None, loss=loss))
     lines = [
@@ -173,3 +173,10 @@ def test_kto_is_its_formula_with_the_gradient_of_the_answers_alone(
     )
     assert wanted.abs().max() > 1e-3
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_a_comparison_with_nothing_is_an_error(tiny_llama: Build, pairs: list[Example]) -> None:
+    batch = pack(pairs)
+    with pytest.raises(KeyError):
+        accumulate(tiny_llama(), batch, 8, NAMES, PairLoss(SPEC, {}, "dpo"))
+    accumulate(tiny_llama(), batch, 8, NAMES, PairLoss(SPEC, {}, "simpo"))

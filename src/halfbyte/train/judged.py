@@ -18,7 +18,7 @@ from halfbyte.data.pack import UNTRAINED
 from halfbyte.model.heads import trained_token_losses
 from halfbyte.model.inputs import model_inputs
 from halfbyte.model.mode import measured
-from halfbyte.train.preference import PAIRWISE, Answers, PreferenceSpec, kto
+from halfbyte.train.preference import PAIRWISE, REFERENCED, Answers, PreferenceSpec, kto
 from halfbyte.train.step import Rewards, RowNames, Share, trained_tokens
 
 if TYPE_CHECKING:
@@ -28,34 +28,49 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PairLoss:
-    """The loss of pairs: every even document of a batch is the better answer, the next one the worse.
+class _Twos:
+    """Documents that come in twos: what both losses of judged answers share.
 
     Args:
-        objective: Name of a pairwise objective.
-        spec: Its constants.
-        reference: Log-probability of each document's answer before training, by the document's id; may be empty for
-            objectives without a reference.
+        spec: The objective's constants.
+        reference: Log-probability of each document's answer before training, by the document's id.
     """
 
-    objective: str
     spec: PreferenceSpec
     reference: Mapping[str, float]
 
     @property
     def members(self) -> int:
-        """A pair."""
+        """Two documents are judged together."""
         return 2
 
     def divisor(self, batches: Sequence[Batch], rows: RowNames) -> int:
-        """Pairs."""
+        """Judgements."""
         trained_tokens(batches, rows)
         return sum(len(batch.documents) for batch in batches) // 2
+
+    def _reference(self, batch: Batch, like: Tensor) -> Tensor:
+        """Of each document; one that has none is an error, since zero would train on a comparison with nothing."""
+        return like.new_tensor([self.reference[i] for i in batch.ids])
+
+
+@dataclass(frozen=True)
+class PairLoss(_Twos):
+    """The loss of pairs: every even document of a batch is the better answer, the next one the worse.
+
+    Args:
+        spec: The objective's constants.
+        reference: As in `_Twos`; not read by objectives without a reference.
+        objective: Name of a pairwise objective.
+    """
+
+    objective: str
 
     def share(self, model: PreTrainedModel, batch: Batch, divisor: int) -> Share:
         """The sum over the batch's pairs, divided."""
         logp, tokens = answer_logps(model, batch)
-        reference = logp.new_tensor([self.reference.get(i, 0.0) for i in batch.ids])
+        compares = self.objective in REFERENCED
+        reference = self._reference(batch, logp) if compares else torch.zeros_like(logp)
         better, worse = (Answers(logp[k::2], tokens[k::2], reference[k::2]) for k in (0, 1))
         judged = PAIRWISE[self.objective](better, worse, self.spec)
         objective = judged.loss.sum() / divisor
@@ -68,7 +83,7 @@ class PairLoss:
 
 
 @dataclass(frozen=True)
-class SingleLoss:
+class SingleLoss(_Twos):
     """The loss of answers judged one by one (KTO): every even document is an answer to its own prompt, the next one
     an answer to another prompt, by which is seen how far the model has strayed.
 
@@ -76,23 +91,11 @@ class SingleLoss:
 
     Args:
         spec: The objective's constants.
-        reference: Log-probability of each document's answer before training, by the document's id.
+        reference: As in `_Twos`.
         good: Whether each answer was found good, by its document's id.
     """
 
-    spec: PreferenceSpec
-    reference: Mapping[str, float]
     good: Mapping[str, bool]
-
-    @property
-    def members(self) -> int:
-        """An answer, and one to another prompt."""
-        return 2
-
-    def divisor(self, batches: Sequence[Batch], rows: RowNames) -> int:
-        """Answers that were judged."""
-        trained_tokens(batches, rows)
-        return sum(len(batch.documents) for batch in batches) // 2
 
     def share(self, model: PreTrainedModel, batch: Batch, divisor: int) -> Share:
         """The sum over the batch's answers, divided."""
@@ -106,9 +109,6 @@ class SingleLoss:
         objective = kto(answers, good, strayed, self.spec).sum() / divisor
         rewards = self.spec.beta * (logp.detach() - answers.reference)
         return Share(objective, objective.item(), _rewards(rewards, good, divisor))
-
-    def _reference(self, batch: Batch, like: Tensor) -> Tensor:
-        return like.new_tensor([self.reference[i] for i in batch.ids])
 
 
 def _rewards(rewards: Tensor, good: Tensor, divisor: int) -> Rewards:

@@ -121,8 +121,8 @@ PAIRWISE: dict[str, Callable[[Answers, Answers, PreferenceSpec], Judged]] = {
 }
 """Objectives of pairs, by name."""
 
-REFERENCED = ("dpo", "kto")
-"""Objectives that compare with the model before training."""
+REFERENCED = ("dpo",)
+"""Those of them that compare with the model before training."""
 
 
 def _log_complement(logp: Tensor) -> Tensor:
