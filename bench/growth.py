@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from figures import RESULTS, Figure, run
-from step_vs_peers import LORA, PEERS, Scope, Side, mib, peers_python, take_turns
+from step_vs_peers import LORA, Scope, Side, mib, peers_python, random_llama, take_turns
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LENGTHS_SHAPE = "1.1B, 4 layers"
@@ -98,15 +98,10 @@ def parameters(shape: Shape) -> int:
 
 
 def model_folder(name: str) -> Path:
-    """A model of that shape with random weights in bfloat16, made once."""
-    folder = PEERS / f"shape-{name.replace(', ', '-').replace(' ', '-')}"
-    if folder.exists():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
+    """A model of that shape with random weights, made once."""
     shape = SHAPES[name]
-    config = LlamaConfig(
+    return random_llama(
+        f"shape-{name.replace(', ', '-').replace(' ', '-')}",
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -114,14 +109,7 @@ def model_folder(name: str) -> Path:
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
         max_position_embeddings=max(LENGTHS),
-        tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    partial_folder = folder.with_suffix(".partial")
-    model.save_pretrained(partial_folder)
-    partial_folder.rename(folder)
-    return folder
 
 
 def newest(results: Path) -> dict[str, float]:
@@ -171,7 +159,8 @@ def main() -> int:
     lengths = tuple(options.tokens or (() if chosen else LENGTHS))
     sizes = tuple(options.shape or (() if chosen else SIZES))
     status = run("growth", partial(measure, lengths, sizes), [*rest, "--results", str(options.results)])
-    draw(newest(options.results / "growth.csv"), options.results / "growth.svg")
+    if figures := newest(options.results / "growth.csv"):  # quick ones are not drawn
+        draw(figures, options.results / "growth.svg")
     return status
 
 

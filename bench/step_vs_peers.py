@@ -351,14 +351,9 @@ def peers_python() -> Path:
 
 
 def model_folder(layers: int) -> Path:
-    """TinyLlama-1.1B's shape with random weights in bfloat16, made once per number of layers."""
-    folder = PEERS / f"tinyllama-{layers}"
-    if folder.exists():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
+    """TinyLlama-1.1B's shape with random weights and a real tokenizer, made once per number of layers."""
+    folder = random_llama(
+        f"tinyllama-{layers}",
         hidden_size=2048,
         intermediate_size=5632,
         num_hidden_layers=layers,
@@ -366,14 +361,26 @@ def model_folder(layers: int) -> Path:
         num_key_value_heads=4,
         vocab_size=32_000,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
     )
+    for file in shared("models/llama2-tokenizer").iterdir():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def random_llama(name: str, **sizes: int) -> Path:
+    """A Llama of these sizes with random weights in bfloat16, made once under its name."""
+    folder = PEERS / name
+    if folder.exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     torch.manual_seed(0)
+    config = LlamaConfig(**sizes, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     partial_folder = folder.with_suffix(".partial")
     model.save_pretrained(partial_folder)
-    for file in shared("models/llama2-tokenizer").iterdir():
-        shutil.copyfile(file, partial_folder / file.name)
     partial_folder.rename(folder)
     return folder
 
