@@ -22,8 +22,7 @@ from pathlib import Path
 
 from figures import Figure, run, shared
 from halfbyte.config import load_config
-from halfbyte.data.tokenise import padding_id
-from halfbyte.pipeline import prepare
+from halfbyte.tasks.known import prepare
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.methods import load_base, make_trainable
 
@@ -74,12 +73,12 @@ def curve(dtype: str, steps: int) -> list[float]:
         "train": {"max_steps": steps, "batch_tokens": 1024, "learning_rate": 2e-3},
     }
     config = load_config(None, base=settings)
-    rows = prepare(config)
+    task = prepare(config)
     model = load_base(config)
     make_trainable(model, config)
     with tempfile.TemporaryDirectory() as folder:
-        place = TrainRun(Path(folder), save=lambda _: None, pad_id=padding_id(rows.tokenizer))
-        train(model, rows.train.examples, config.train, place)
+        place = TrainRun(Path(folder), save=lambda _: None, pad_id=task.pad_id)
+        train(model, task.rows.train, config.train, place)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

@@ -23,11 +23,11 @@ from typing import Any
 
 from figures import Figure, run, shared
 from halfbyte.config import load_config
-from halfbyte.data.tokenise import padding_id
 from halfbyte.evaluate.perplexity import ItemLoss, held_out_loss
 from halfbyte.evaluate.statistics import Interval, Score, bootstrap_ratio, paired_difference
-from halfbyte.pipeline import Prepared, prepare
 from halfbyte.settings import Config
+from halfbyte.tasks.known import prepare
+from halfbyte.tasks.task import Task
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.methods import ModelSize, autocast_dtype, load_base, make_trainable
 
@@ -147,17 +147,17 @@ def settings(row: Row, seed: int, quick: bool) -> Config:
     return load_config(None, base=base)
 
 
-def trial(row: Row, config: Config, data: Prepared) -> Trial:
+def trial(row: Row, config: Config, data: Task[Example]) -> Trial:
     """Trains if the row asks for it, and measures."""
     model = load_base(config)
-    pad_id, seconds = padding_id(data.tokenizer), 0.0
+    pad_id, seconds = data.pad_id, 0.0
     if row.tuned:
         make_trainable(model, config)
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
             train(
                 model,
-                data.train.examples,
+                data.rows.train,
                 config.train,
                 TrainRun(
                     folder=Path(folder),
@@ -169,7 +169,7 @@ def trial(row: Row, config: Config, data: Prepared) -> Trial:
             )
             seconds = time.perf_counter() - begin
     size = ModelSize.of(model)
-    found = held_out_loss(model, data.held_out.examples, batch_size=16, pad_id=pad_id)
+    found = held_out_loss(model, data.rows.held_out, batch_size=16, pad_id=pad_id)
     return Trial(found.items, size.trainable if row.tuned else 0, size.nbytes, seconds)
 
 

@@ -388,7 +388,7 @@ def random_llama(name: str, **sizes: int) -> Path:
 def instruction_rows(layers: int, longest: int | None) -> list[dict[str, Any]]:
     """The rows as token ids with a mask of those to learn, so that both sides train on the same."""
     from halfbyte.config import load_config
-    from halfbyte.pipeline import prepare
+    from halfbyte.tasks.known import prepare
 
     data = {
         "train": str(shared("datasets/alpaca/alpaca_en_demo.json")),
@@ -398,7 +398,7 @@ def instruction_rows(layers: int, longest: int | None) -> list[dict[str, Any]]:
     found = prepare(load_config(None, base={"model": str(model_folder(layers)), "data": data}))
     return [
         {"input_ids": row.input_ids.tolist(), "trained": row.trained.tolist()}
-        for row in found.train.examples
+        for row in found.rows.train
         if longest is None or len(row.input_ids) <= longest
     ]
 

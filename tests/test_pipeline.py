@@ -26,6 +26,7 @@ from halfbyte.pipeline import run
 from halfbyte.quant.weight import QuantSpec
 from halfbyte.report.watch import Watch
 from halfbyte.settings import Config
+from halfbyte.tasks.known import prepare
 from halfbyte.train.display import Display, Silent
 from halfbyte.train.metrics import StepRecord
 
@@ -179,8 +180,7 @@ def test_what_was_saved_measures_as_it_did_when_it_was_trained(
         None if method == "full" else result.result,
     )
     loss = next(c for c in result.summary.changes if c.name == "loss")
-    assert again.loss is not None
-    assert again.loss.loss.value == loss.after.value
+    assert next(m for m in again.metrics if m.name == "loss").interval.value == loss.after.value
     assert loss.after.value < loss.before.value
 
 
@@ -318,16 +318,16 @@ def test_weights_change_what_is_trained_on_and_never_what_is_held_out(make: Make
     other.parent.mkdir()
     other.write_text("".join(f"A {a} met a {b}.\n" for a in ANIMALS for b in ANIMALS), encoding="utf-8")
     config = make(f"data.train=[{tmp_path / 'rows.jsonl'}, {other.parent}]")
-    plain = pipeline.prepare(config)
-    weighed = pipeline.prepare(
+    plain = prepare(config)
+    weighed = prepare(
         config.model_copy(update={"data": config.data.model_copy(update={"weights": [3.0, 0.5]})})
     )
-    assert [e.id for e in weighed.held_out.examples] == [e.id for e in plain.held_out.examples]
-    before, after = (Counter(e.where for e in rows.train.examples) for rows in (plain, weighed))
+    assert [e.id for e in weighed.rows.held_out] == [e.id for e in plain.rows.held_out]
+    before, after = (Counter(e.where for e in task.rows.train) for task in (plain, weighed))
     assert all(after[where] == 3 for where in before if "rows.jsonl" in where)
     of_other = [where for where in before if "other.txt" in where]
     assert sum(after[where] for where in of_other) == round(len(of_other) / 2)
-    assert not {e.id for e in weighed.train.examples} & {e.id for e in weighed.held_out.examples}
+    assert not {e.id for e in weighed.rows.train} & {e.id for e in weighed.rows.held_out}
 
 
 def test_a_separate_evaluation_file_is_measured_whole(make: Make, tmp_path: Path) -> None:
@@ -360,8 +360,8 @@ def test_tokens_that_straddle_prompt_and_answer_are_told(make: Make) -> None:
 
 
 def test_a_rehearsal_counts_and_writes_nothing(make: Make, tmp_path: Path) -> None:
-    rows, plan = pipeline.rehearse(make())
-    assert len(rows.train.examples) == 24
+    task, plan = pipeline.rehearse(make())
+    assert len(task.rows.train) == 24
     assert plan.total_steps == 12
     assert not (tmp_path / "run").exists()
 

@@ -15,6 +15,7 @@ import torch
 from protocol import Link
 
 import halfbyte
+from halfbyte.data.examples import Listed
 from halfbyte.data.tokenise import Example
 from halfbyte.model.blocks import plan_memory
 from halfbyte.settings import TrainConfig
@@ -66,7 +67,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         run = TrainRun(Path(folder), lambda _: None, seed=options["seed"], display=Turns(link))
-        train(model, [example(number, row) for number, row in enumerate(rows)], config, run)
+        train(model, Listed([example(number, row) for number, row in enumerate(rows)]), config, run)
 
 
 if __name__ == "__main__":

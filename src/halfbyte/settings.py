@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic_core import PydanticCustomError
 
 Method = Literal["full", "lora", "qlora"]
+TaskName = Literal["sft"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal[
     "auto",
@@ -256,6 +257,8 @@ class Config(_Section):
 
     model: str
     """Folder of the base model in Hugging Face's layout; in a settings file relative to that file's folder."""
+    task: TaskName = "sft"
+    """What the model is tuned for: sft, to write the answers of the rows."""
     method: Method = "qlora"
     """full trains every weight, lora an adapter, qlora an adapter on a base held in 4 bits."""
     dtype: Dtype = "auto"

@@ -40,4 +40,4 @@ def test_max_items_picks_the_same_rows_in_any_order(reverse: bool) -> None:
 
 
 def test_a_measurement_of_nothing_says_so() -> None:
-    assert "nothing is measured" in Measurement(None, None).described()
+    assert "nothing is measured" in Measurement(()).described()

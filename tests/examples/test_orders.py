@@ -10,7 +10,7 @@ import pytest
 from halfbyte.config import load_config
 from halfbyte.data.check import check_overlap
 from halfbyte.data.read import read_rows
-from halfbyte.pipeline import prepare
+from halfbyte.tasks.known import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = ROOT / "examples" / "orders"
@@ -41,8 +41,8 @@ def test_no_order_and_no_record_is_on_both_sides():
 
 def test_the_recipe_cuts_no_row_and_trains_every_answer_whole():
     prepared = prepare(load_config(ORDERS / "recipe.yaml"))
-    assert prepared.truncated == 0
-    assert prepared.misaligned == 0
-    example = prepared.held_out.examples[0]
+    assert sum(prepared.rows.cut) == 0
+    assert prepared.rows.misaligned == 0
+    example = prepared.rows.held_out[0]
     trained = prepared.tokenizer.decode(example.input_ids[example.trained])
     assert trained == f"{example.answer}<|im_end|>"

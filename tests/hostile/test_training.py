@@ -26,8 +26,9 @@ from halfbyte.data.pack import collate
 from halfbyte.errors import DataError, ModelError, TrainError
 from halfbyte.kernels.loss import HeadLoss
 from halfbyte.model.loading import load
-from halfbyte.pipeline import prepare, run
+from halfbyte.pipeline import run
 from halfbyte.settings import Config
+from halfbyte.tasks.known import prepare
 from halfbyte.train import step
 from halfbyte.train.step import RowNames, accumulate, trained_tokens
 
@@ -80,9 +81,9 @@ def test_hostile_6_micro_batches_of_unequal_rows_have_the_gradient_of_one_batch(
     settings: dict[str, Any],
 ) -> None:
     config = _config(settings)
-    rows = sorted(prepare(config).train.examples, key=lambda e: len(e.input_ids))[::4][:8]
+    rows = sorted(prepare(config).rows.train, key=lambda e: len(e.input_ids))[::4][:8]
     assert len(rows[-1].input_ids) > 2 * len(rows[0].input_ids)
-    names = RowNames({})
+    names = RowNames()
 
     def gradient(size: int, divide: Callable[[int, int], int]) -> Tensor:
         model = load(config.model, quantization=None, dtype=torch.float32)

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import halfbyte as hb
-from halfbyte import pipeline
 from halfbyte.config import load_config
 from halfbyte.errors import DataError, ModelError
 from halfbyte.settings import Config
+from halfbyte.pipeline import evaluate
+from halfbyte.tasks.known import prepare
 
 GOOD = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\nA:{% else %} {{ m.content }}"
@@ -79,10 +80,10 @@ def test_hostile_2_stop_token_is_not_trained(make: Callable[..., Config]) -> Non
     file = Path(config.model) / "tokenizer_config.json"
     facts = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(facts | {"pad_token": facts["eos_token"]}), encoding="utf-8")
-    rows = pipeline.prepare(config)
-    assert rows.tokenizer.pad_token_id == rows.tokenizer.eos_token_id
-    for example in (*rows.train.examples, *rows.held_out.examples):
-        assert example.input_ids[-1] == rows.tokenizer.eos_token_id
+    task = prepare(config)
+    assert task.tokenizer.pad_token_id == task.tokenizer.eos_token_id
+    for example in (*task.rows.train, *task.rows.held_out):
+        assert example.input_ids[-1] == task.tokenizer.eos_token_id
         assert example.trained[-1]
 
 
@@ -105,7 +106,7 @@ def test_hostile_4_template_differs_or_begins_twice(make: Callable[..., Config],
         hb.run(make(template="\n" + GOOD))
     assert caught.value.code == "HB220"
     result = hb.run(make(), evaluate=False, overwrite=True)
-    assert pipeline.evaluate(make(), result.result).loss is not None
+    assert evaluate(make(), result.result).metrics
     for other, said in (
         (
             make(template=GOOD.replace("Q:", "Question:"), name="other"),
@@ -114,14 +115,14 @@ def test_hostile_4_template_differs_or_begins_twice(make: Callable[..., Config],
         (make("data.template=zephyr"), "the chat format is zephyr, not tokenizer"),
     ):
         with pytest.raises(ModelError, match=said) as refused:
-            pipeline.evaluate(other, result.result)
+            evaluate(other, result.result)
         assert refused.value.code == "HB326"
     file = Path(make(name="merges").model) / "tokenizer.json"
     facts = json.loads(file.read_text(encoding="utf-8"))
     facts["model"]["merges"].pop()
     file.write_text(json.dumps(facts), encoding="utf-8")
     with pytest.raises(ModelError, match="the tokenizer is another"):
-        pipeline.evaluate(load_config(None, (f"model={file.parent}",), make().model_dump()), result.result)
+        evaluate(load_config(None, (f"model={file.parent}",), make().model_dump()), result.result)
 
 
 def test_hostile_14_rows_are_cut_unseen(make: Callable[..., Config]) -> None:
@@ -132,8 +133,9 @@ def test_hostile_14_rows_are_cut_unseen(make: Callable[..., Config]) -> None:
     assert caught.value.code == "HB221"
     assert "expected at most 5.0%" in caught.value.what
     assert "rows.jsonl:1: " in caught.value.what or "rows.jsonl:9: " in caught.value.what
-    rows = pipeline.prepare(make("data.max_length=120", "data.max_truncated=1", chats=long))
-    assert rows.train.truncated + rows.held_out.truncated == rows.truncated == 2
-    for name, side in (("to train on", rows.train), ("held out", rows.held_out)):
-        cut = f" ({side.truncated} cut at max_length)" if side.truncated else ""
-        assert f"{len(side.examples)} {name}{cut}" in rows.described()
+    task = prepare(make("data.max_length=120", "data.max_truncated=1", chats=long))
+    assert sum(task.rows.cut) == 2
+    sides = (task.rows.train, task.rows.held_out)
+    for name, side, cut in zip(("to train on", "held out"), sides, task.rows.cut, strict=True):
+        assert sum(example.truncated for example in side) == cut
+        assert f"{len(side)} {name}" + (f" ({cut} cut at max_length)" if cut else "") in task.described()

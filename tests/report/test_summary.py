@@ -42,7 +42,7 @@ def test_a_verdict_needs_the_paired_interval_to_exclude_zero(shift: list[float],
     """The items spread far wider than they change: only pairing shows it."""
     after = [x + d for x, d in zip(SPREAD, shift, strict=True)]
     loss, perplexity = compare(
-        Measurement(_loss(SPREAD), None), Measurement(_loss(after), None), resamples=200
+        Measurement.of_words(_loss(SPREAD), None), Measurement.of_words(_loss(after), None), resamples=200
     )
     assert (loss.name, loss.verdict) == ("loss", verdict)
     assert (perplexity.name, perplexity.verdict) == ("perplexity", verdict)
@@ -51,27 +51,27 @@ def test_a_verdict_needs_the_paired_interval_to_exclude_zero(shift: list[float],
 
 def test_more_right_answers_are_better() -> None:
     none, all_ = _answers([False] * 20), _answers([True] * 20)
-    (up,) = compare(Measurement(None, none), Measurement(None, all_))
-    (down,) = compare(Measurement(None, all_), Measurement(None, none))
+    (up,) = compare(Measurement.of_words(None, none), Measurement.of_words(None, all_))
+    (down,) = compare(Measurement.of_words(None, all_), Measurement.of_words(None, none))
     assert (up.verdict, down.verdict) == ("better", "worse")
 
 
 def test_different_items_are_not_compared() -> None:
     with pytest.raises(EvaluateError, match="HB602"):
-        compare(Measurement(_loss(SPREAD), None), Measurement(_loss(SPREAD[:7]), None))
+        compare(Measurement.of_words(_loss(SPREAD), None), Measurement.of_words(_loss(SPREAD[:7]), None))
 
 
 def test_samples_are_the_first_rows_whatever_was_answered() -> None:
     before, after = _answers([False, True, False]), _answers([False, False, True])
-    shown = side_by_side(Measurement(None, before), Measurement(None, after), 2)
+    shown = side_by_side(Measurement.of_words(None, before), Measurement.of_words(None, after), 2)
     assert [(s.prompt, s.before, s.after) for s in shown] == [("p0", "no", "no"), ("p1", "yes", "no")]
     assert [(s.right_before, s.right_after) for s in shown] == [(False, False), (True, False)]
 
 
 def test_unknown_ends_are_null_in_json(tmp_path: Path) -> None:
-    single = Measurement(_loss([2.0]), None)  # one item says nothing about its spread
+    single = Measurement.of_words(_loss([2.0]), None)  # one item says nothing about its spread
     summary = Summary(
-        setting=Setting("m", "lora", "plain", "float32", None, 1, 2, 8, 3, 1, 0, 0, 0),
+        setting=Setting("sft", "m", "lora", "plain", "float32", None, 1, 2, 8, 3, 1, 0, 0, 0),
         changes=compare(single, single, resamples=200),
         samples=(),
         training=TrainResult(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from halfbyte.data.examples import Listed
 from halfbyte.data.pack import Batch, collate, pack
 from halfbyte.data.tokenise import Example
 from halfbyte.model.lora import LoraSpec, add_lora
@@ -23,7 +24,7 @@ from halfbyte.train.step import RowNames, accumulate
 
 Build = Callable[[], PreTrainedModel]
 SPEC = PreferenceSpec(beta=0.5)
-NAMES = RowNames({})
+NAMES = RowNames()
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_training_makes_the_better_answers_win(
     add_lora(model, LoraSpec(r=8), seed=1)
     loss = PairLoss(SPEC, reference_logps(model, [pack(pairs)]), objective)
     config = TrainConfig(batch_tokens=160, max_steps=60, learning_rate=1e-2, schedule="constant")
-    train(model, pairs, config, TrainRun(tmp_path, lambda _: None, loss=loss))
+    train(model, Listed(pairs), config, TrainRun(tmp_path, lambda _: None, loss=loss))
     lines = [
         json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -141,7 +142,7 @@ def test_kto_makes_good_answers_likelier_and_bad_ones_less(
     good = {example.id: not example.id.endswith("rejected") for example in pairs}
     loss = SingleLoss(SPEC, reference_logps(model, [pack(units)]), good)
     config = TrainConfig(batch_tokens=400, max_steps=60, learning_rate=1e-2, schedule="constant")
-    train(model, units, config, TrainRun(tmp_path, lambda _: None, loss=loss))
+    train(model, Listed(units), config, TrainRun(tmp_path, lambda _: None, loss=loss))
     lines = [
         json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]

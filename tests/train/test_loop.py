@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from halfbyte.data.examples import Listed
 from halfbyte.data.order import Position, order_of, passes_in, steps
 from halfbyte.data.pack import collate, pack
 from halfbyte.data.tokenise import Example
@@ -64,7 +65,7 @@ def test_training_lowers_the_loss_and_records_every_step(
     tiny_llama: Build, rows: list[Example], tmp_path: Path, config: TrainConfig
 ) -> None:
     model = tiny_llama().eval()
-    result = train(model, rows, config, _run(model, tmp_path))
+    result = train(model, Listed(rows), config, _run(model, tmp_path))
     lines = _lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     # padded, 8 rows in passes of 2, 3 of which make a step: the second step of an epoch has 1 pass; packed: 2 and 2
@@ -105,7 +106,7 @@ def test_the_same_seed_gives_the_same_weights_bit_by_bit(
         model.config.attention_dropout = 0.1
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.1
-        train(model, rows, config, _run(model, tmp_path / name, seed))
+        train(model, Listed(rows), config, _run(model, tmp_path / name, seed))
         return _weights(model)
 
     first = trained(3, "a")
@@ -126,7 +127,7 @@ def test_every_step_is_adamw_on_its_own_gradient_at_its_own_rate(
         }
     )
     model, plain = tiny_llama(), tiny_llama()
-    train(model, rows, config, _run(model, tmp_path))
+    train(model, Listed(rows), config, _run(model, tmp_path))
     optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.0, fused=True)
     order = order_of([len(row.input_ids) for row in rows], config, 0)
     for ([members], _), factor in zip(steps(order, 1), (1 / 3, 2 / 3, 1.0, 0.5), strict=False):
@@ -146,8 +147,8 @@ def test_another_objective_is_minimised_but_the_loss_reported_stays_plain(
     """The first step's loss is before any update, so the same whatever is minimised; the weights after it are not."""
     config = config.model_copy(update={"max_steps": 3})
     plain, other = tiny_llama(), tiny_llama()
-    train(plain, rows, config, _run(plain, tmp_path / "plain"))
-    train(other, rows, config.model_copy(update=change), _run(other, tmp_path / "other"))
+    train(plain, Listed(rows), config, _run(plain, tmp_path / "plain"))
+    train(other, Listed(rows), config.model_copy(update=change), _run(other, tmp_path / "other"))
     expected, found = _lines(tmp_path / "plain"), _lines(tmp_path / "other")
     assert found[0]["loss"] == expected[0]["loss"]
     assert found[2]["loss"] != expected[2]["loss"]
@@ -161,7 +162,7 @@ def test_max_steps_decides_over_epochs(
 ) -> None:
     model = tiny_llama()
     five = config.model_copy(update={"max_steps": 5, "epochs": 1})
-    assert train(model, rows, five, _run(model, tmp_path)).steps == 5
+    assert train(model, Listed(rows), five, _run(model, tmp_path)).steps == 5
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_packed_training_is_padded_training(
         monkeypatch.setattr("halfbyte.train.loop.prove_isolation", lambda model: None)
         monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
     model = tiny_llama()
-    train(model, rows, config, _run(model, tmp_path))
+    train(model, Listed(rows), config, _run(model, tmp_path))
     found = [line["loss"] for line in _lines(tmp_path)]
     assert len(found) == len(expected) == 12
     moved = max(expected) - min(expected)
@@ -259,10 +260,12 @@ def test_rows_that_would_see_each_other_stop_the_run_before_its_first_step(
     model = tiny_llama()
     before = _weights(model).clone()
     with pytest.raises(ModelError, match="HB317"):
-        train(model, rows, PACKED, _run(model, tmp_path))
+        train(model, Listed(rows), PACKED, _run(model, tmp_path))
     assert torch.equal(_weights(model), before)
     assert list(tmp_path.iterdir()) == []
-    train(model, rows, PADDED, _run(model, tmp_path))  # padded rows have an attention mask of their own
+    train(
+        model, Listed(rows), PADDED, _run(model, tmp_path)
+    )  # padded rows have an attention mask of their own
 
 
 def test_a_budget_that_does_not_hold_the_longest_row_is_refused(
@@ -270,20 +273,23 @@ def test_a_budget_that_does_not_hold_the_longest_row_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"HB102[\s\S]*32 tokens[\s\S]*row of 33"):
         train(
-            tiny_llama(), rows, PACKED.model_copy(update={"batch_tokens": 32}), _run(tiny_llama(), tmp_path)
+            tiny_llama(),
+            Listed(rows),
+            PACKED.model_copy(update={"batch_tokens": 32}),
+            _run(tiny_llama(), tmp_path),
         )
 
 
 def test_no_rows_are_refused(tiny_llama: Build, tmp_path: Path, config: TrainConfig) -> None:
     with pytest.raises(DataError, match="HB203"):
-        train(tiny_llama(), [], config, _run(tiny_llama(), tmp_path))
+        train(tiny_llama(), Listed([]), config, _run(tiny_llama(), tmp_path))
 
 
 def test_a_checkpoint_knows_which_pass_comes_next(
     tiny_llama: Build, rows: list[Example], tmp_path: Path, config: TrainConfig
 ) -> None:
     model = tiny_llama()
-    train(model, rows, config.model_copy(update={"save_steps": 3}), _run(model, tmp_path))
+    train(model, Listed(rows), config.model_copy(update={"save_steps": 3}), _run(model, tmp_path))
     state = json.loads((tmp_path / "checkpoints/step-000003" / STATE_FILE).read_text(encoding="utf-8"))
     order = order_of([len(row.input_ids) for row in rows], config, 0)
     taken = list(itertools.islice(steps(order, config.gradient_accumulation_steps), 5))
@@ -297,7 +303,7 @@ def test_checkpoints_are_saved_every_save_steps(
     tiny_llama: Build, rows: list[Example], tmp_path: Path, config: TrainConfig
 ) -> None:
     model = tiny_llama()
-    train(model, rows, config.model_copy(update={"save_steps": 2}), _run(model, tmp_path))
+    train(model, Listed(rows), config.model_copy(update={"save_steps": 2}), _run(model, tmp_path))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     state = json.loads((tmp_path / "checkpoints/step-000004" / STATE_FILE).read_text(encoding="utf-8"))
     assert (state["step"], state["total_steps"], state["reason"]) == (4, 6, "save_steps")
@@ -322,13 +328,13 @@ def test_ctrl_c_saves_a_checkpoint_of_the_last_whole_step(
     before = signal.getsignal(signal.SIGINT)
     display = _At(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(TrainInterrupted, match="after 2 of 6 steps") as caught:
-        train(model, rows, config, _run(model, tmp_path / "cut", display=display))
+        train(model, Listed(rows), config, _run(model, tmp_path / "cut", display=display))
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
     folder = tmp_path / "cut" / "checkpoints" / "step-000002"
     assert str(folder) in str(caught.value)
     # the same weights as a run that was not cut had after two steps
-    train(whole, rows, config.model_copy(update={"save_steps": 2}), _run(whole, tmp_path / "whole"))
+    train(whole, Listed(rows), config.model_copy(update={"save_steps": 2}), _run(whole, tmp_path / "whole"))
     saved = load_file(folder / "weights.safetensors")
     expected = load_file(tmp_path / "whole/checkpoints/step-000002/weights.safetensors")
     assert saved.keys() == expected.keys()
@@ -342,7 +348,7 @@ def test_training_runs_outside_the_main_thread(
     model = tiny_llama()
     results = []
     thread = threading.Thread(
-        target=lambda: results.append(train(model, rows, config, _run(model, tmp_path)))
+        target=lambda: results.append(train(model, Listed(rows), config, _run(model, tmp_path)))
     )
     thread.start()
     thread.join()
@@ -359,7 +365,7 @@ def test_a_bad_loss_names_step_and_rows_and_keeps_the_last_good_weights(
             model.get_output_embeddings().weight[0, 0] = float("nan")
 
     with pytest.raises(TrainError, match=r"HB501[\s\S]*step 4 of 6, rows .*rows\.jsonl:") as caught:
-        train(model, rows, config, _run(model, tmp_path, display=_At(3, poison)))
+        train(model, Listed(rows), config, _run(model, tmp_path, display=_At(3, poison)))
     assert str(tmp_path / "checkpoints" / "step-000003") in caught.value.fix
     assert len(_lines(tmp_path)) == 3
 
@@ -372,7 +378,7 @@ def test_a_bad_gradient_stops_before_the_update(
     embedding.register_hook(lambda gradient: gradient * float("inf"))
     before = _weights(model).clone()
     with pytest.raises(TrainError, match=r"HB502[\s\S]*step 1 of 6"):
-        train(model, rows, config, _run(model, tmp_path))
+        train(model, Listed(rows), config, _run(model, tmp_path))
     assert torch.equal(_weights(model), before)
     assert not (tmp_path / "checkpoints").exists()
 
@@ -382,8 +388,8 @@ def test_bfloat16_autocast_keeps_master_weights_in_float32(
 ) -> None:
     model, exact = tiny_llama(), tiny_llama()
     run = TrainRun(tmp_path / "a", lambda folder: None, autocast=torch.bfloat16)
-    result = train(model, rows, config, run)
-    reference = train(exact, rows, config, _run(exact, tmp_path / "b"))
+    result = train(model, Listed(rows), config, run)
+    reference = train(exact, Listed(rows), config, _run(exact, tmp_path / "b"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.last_loss < 0.8 * result.first_loss
     # bfloat16 was really used: its loss differs, by less than a few of its units in the last place (2^-8)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from halfbyte.data.examples import Listed
 from halfbyte.data.pack import Batch, collate, pack
 from halfbyte.data.tokenise import Example
 from halfbyte.errors import TrainError
@@ -113,7 +114,7 @@ def test_a_model_that_does_not_ask_its_embeddings_is_refused(
 
 def losses(model: PreTrainedModel, rows: list[Example], folder: Path, **settings: object) -> list[float]:
     config = TrainConfig.model_validate({"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2, **settings})
-    done = train(model, rows, config, TrainRun(folder, save=lambda path: path.mkdir()))
+    done = train(model, Listed(rows), config, TrainRun(folder, save=lambda path: path.mkdir()))
     return [json.loads(line)["loss"] for line in done.metrics.read_text(encoding="utf-8").splitlines()]
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from halfbyte.data.examples import Listed
 from halfbyte.data.tokenise import Example
 from halfbyte.errors import TrainError
 from halfbyte.model.lora import LoraSpec, add_lora
@@ -89,16 +90,16 @@ def test_a_run_cut_three_times_ends_in_the_same_bits(
     kind: Callable[[PreTrainedModel], PreTrainedModel],
 ) -> None:
     whole = kind(tiny_llama())
-    expected = train(whole, rows, config, _run(whole, tmp_path / "whole"))
+    expected = train(whole, Listed(rows), config, _run(whole, tmp_path / "whole"))
     for cut in (1, 3, 5):  # before the first checkpoint, and one step after each of two
         model = kind(tiny_llama())
         with pytest.raises(ZeroDivisionError):
-            train(model, rows, config, _run(model, tmp_path / "cut", cut))
+            train(model, Listed(rows), config, _run(model, tmp_path / "cut", cut))
     model = kind(tiny_llama())
     run = _run(model, tmp_path / "cut")
     assert run.resume is not None
     assert run.resume.state.step == 4
-    result = train(model, rows, config, run)
+    result = train(model, Listed(rows), config, run)
     assert _bits(model) == _bits(whole)
     assert _told(tmp_path / "cut") == _told(tmp_path / "whole")
     assert (result.steps, result.tokens, result.trained_tokens, result.usage) == (
@@ -114,15 +115,15 @@ def test_without_the_optimizer_s_state_the_weights_would_differ(
     tiny_llama: Build, rows: list[Example], tmp_path: Path
 ) -> None:
     whole, model = tiny_llama(), tiny_llama()
-    train(whole, rows, PACKED, _run(whole, tmp_path / "whole"))
+    train(whole, Listed(rows), PACKED, _run(whole, tmp_path / "whole"))
     with pytest.raises(ZeroDivisionError):
-        train(model, rows, PACKED, _run(model, tmp_path / "cut", 3))
+        train(model, Listed(rows), PACKED, _run(model, tmp_path / "cut", 3))
     model = tiny_llama()
     run = _run(model, tmp_path / "cut")
     assert run.resume is not None
     for name in [name for name in run.resume.tensors if name.startswith("optimizer/")]:
         del run.resume.tensors[name]  # type: ignore[attr-defined]
-    train(model, rows, PACKED, run)
+    train(model, Listed(rows), PACKED, run)
     assert _bits(model) != _bits(whole)
 
 
@@ -141,14 +142,14 @@ def test_a_checkpoint_of_another_run_is_refused(
     config = PADDED.model_copy(update={"max_steps": 6} if "rows" in change else {})
     model = tiny_llama()
     with pytest.raises(ZeroDivisionError):
-        train(model, rows, config, _run(model, tmp_path, 3))
+        train(model, Listed(rows), config, _run(model, tmp_path, 3))
     model = tiny_llama()
     run = _run(model, tmp_path)
     if "seed" in change:
         run = TrainRun(run.folder, run.save, seed=4, resume=run.resume)
     changed = config.model_copy(update=change.get("config", {}))
     with pytest.raises(TrainError, match="HB511"):
-        train(model, rows[: change.get("rows", 8)], changed, run)  # type: ignore[misc]
+        train(model, Listed(rows[: change.get("rows", 8)]), changed, run)  # type: ignore[misc]
 
 
 def test_a_checkpoint_of_other_parameters_is_refused_before_any_is_changed(
@@ -156,12 +157,12 @@ def test_a_checkpoint_of_other_parameters_is_refused_before_any_is_changed(
 ) -> None:
     model = _adapted(tiny_llama())
     with pytest.raises(ZeroDivisionError):
-        train(model, rows, PADDED, _run(model, tmp_path, 3))
+        train(model, Listed(rows), PADDED, _run(model, tmp_path, 3))
     other = tiny_llama()
     add_lora(other, LoraSpec(r=8), seed=1)
     before = _bits(other)
     with pytest.raises(TrainError, match="HB511"):
-        train(other, rows, PADDED, _run(other, tmp_path))
+        train(other, Listed(rows), PADDED, _run(other, tmp_path))
     assert _bits(other) == before
 
 
@@ -169,20 +170,20 @@ def test_a_line_cut_off_by_a_crash_is_written_anew(
     tiny_llama: Build, rows: list[Example], tmp_path: Path
 ) -> None:
     whole, model = tiny_llama(), tiny_llama()
-    train(whole, rows, PADDED, _run(whole, tmp_path / "whole"))
+    train(whole, Listed(rows), PADDED, _run(whole, tmp_path / "whole"))
     with pytest.raises(ZeroDivisionError):
-        train(model, rows, PADDED, _run(model, tmp_path / "cut", 3))
+        train(model, Listed(rows), PADDED, _run(model, tmp_path / "cut", 3))
     with (tmp_path / "cut/metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "epo')
     model = tiny_llama()
-    train(model, rows, PADDED, _run(model, tmp_path / "cut"))
+    train(model, Listed(rows), PADDED, _run(model, tmp_path / "cut"))
     assert _told(tmp_path / "cut") == _told(tmp_path / "whole")
 
 
 def test_only_the_newest_checkpoints_are_kept(tiny_llama: Build, rows: list[Example], tmp_path: Path) -> None:
     model = tiny_llama()
     config = PADDED.model_copy(update={"save_steps": 1, "save_total_limit": 2})
-    train(model, rows, config, _run(model, tmp_path))
+    train(model, Listed(rows), config, _run(model, tmp_path))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 
 
@@ -190,8 +191,10 @@ def test_a_checkpoint_changes_nothing_of_the_run_that_writes_it(
     tiny_llama: Build, rows: list[Example], tmp_path: Path
 ) -> None:
     often, never = _adapted(tiny_llama()), _adapted(tiny_llama())
-    train(often, rows, PACKED.model_copy(update={"save_steps": 1}), _run(often, tmp_path / "often"))
-    train(never, rows, PACKED.model_copy(update={"save_steps": None}), _run(never, tmp_path / "never"))
+    train(often, Listed(rows), PACKED.model_copy(update={"save_steps": 1}), _run(often, tmp_path / "often"))
+    train(
+        never, Listed(rows), PACKED.model_copy(update={"save_steps": None}), _run(never, tmp_path / "never")
+    )
     assert _bits(often) == _bits(never)
     assert not torch.equal(often.model.layers[0].mlp.up_proj.lora_B, torch.zeros(1))
 
@@ -225,13 +228,13 @@ def test_the_best_weights_are_the_result_where_the_settings_say_so(
 
     config = MEASURED.model_copy(update={"keep": "best", "save_total_limit": 1, "save_steps": 1})
     run = replace(_measured(model, tmp_path / "best", _Losses(5, 3, 4, 2, 6, 2.5)), display=Seen())
-    result = train(model, rows, config, run)
+    result = train(model, Listed(rows), config, run)
     assert (result.best_step, result.best_loss, result.steps) == (4, 2, 6)
     assert _bits(model) == seen[4]
     assert seen[4] != seen[6]
     kept = sorted(p.name for p in (tmp_path / "best/checkpoints").iterdir())
     assert kept == ["step-000004", "step-000005"]
-    train(last, rows, MEASURED, _measured(last, tmp_path / "last", _Losses(5, 3, 4, 2, 6, 2.5)))
+    train(last, Listed(rows), MEASURED, _measured(last, tmp_path / "last", _Losses(5, 3, 4, 2, 6, 2.5)))
     assert _bits(last) == seen[6]
     assert [line["held_out_loss"] for line in _told(tmp_path / "last")] == [5, 3, 4, 2, 6, 2.5]
 
@@ -241,21 +244,21 @@ def test_training_ends_early_after_so_many_measurements_without_a_lower_loss(
 ) -> None:
     config = MEASURED.model_copy(update={"early_stopping_patience": 2})
     model = tiny_llama()
-    result = train(model, rows, config, _measured(model, tmp_path, _Losses(5, 3, 3, 2.9, 2.9, 3)))
+    result = train(model, Listed(rows), config, _measured(model, tmp_path, _Losses(5, 3, 3, 2.9, 2.9, 3)))
     assert (result.steps, result.best_step) == (6, 4)
     model = tiny_llama()
-    result = train(model, rows, config, _measured(model, tmp_path / "early", _Losses(5, 3, 3, 4)))
+    result = train(model, Listed(rows), config, _measured(model, tmp_path / "early", _Losses(5, 3, 3, 4)))
     assert (result.steps, result.best_step) == (4, 2)
 
 
 def test_a_resumed_run_remembers_its_best(tiny_llama: Build, rows: list[Example], tmp_path: Path) -> None:
     config = MEASURED.model_copy(update={"keep": "best", "save_steps": 2})
     whole, model = tiny_llama(), tiny_llama()
-    train(whole, rows, config, _measured(whole, tmp_path / "whole", _Losses(5, 3, 4, 3.5, 6, 7)))
+    train(whole, Listed(rows), config, _measured(whole, tmp_path / "whole", _Losses(5, 3, 4, 3.5, 6, 7)))
     with pytest.raises(ZeroDivisionError):
-        train(model, rows, config, _measured(model, tmp_path / "cut", _Losses(5, 3, 4, 3.5, 6), 5))
+        train(model, Listed(rows), config, _measured(model, tmp_path / "cut", _Losses(5, 3, 4, 3.5, 6), 5))
     model = tiny_llama()
-    result = train(model, rows, config, _measured(model, tmp_path / "cut", _Losses(6, 7)))
+    result = train(model, Listed(rows), config, _measured(model, tmp_path / "cut", _Losses(6, 7)))
     assert (result.best_step, result.best_loss) == (2, 3)
     assert _bits(model) == _bits(whole)
 
@@ -273,14 +276,14 @@ def test_every_optimizer_goes_on_with_its_state_and_the_noise_of_its_step(
     ways = {"optimizer": name, "neftune_alpha": 5.0, "lora_plus_ratio": 4.0, "schedule": "wsd"}
     config = TrainConfig.model_validate(PACKED.model_dump() | ways)
     whole = _adapted(tiny_llama())
-    train(whole, rows, config, _run(whole, tmp_path / "whole"))
+    train(whole, Listed(rows), config, _run(whole, tmp_path / "whole"))
     model = _adapted(tiny_llama())
     with pytest.raises(ZeroDivisionError):
-        train(model, rows, config, _run(model, tmp_path / "cut", 3))
+        train(model, Listed(rows), config, _run(model, tmp_path / "cut", 3))
     model = _adapted(tiny_llama())
     run = _run(model, tmp_path / "cut")
     assert run.resume is not None
     assert run.resume.state.step == 2
-    train(model, rows, config, run)
+    train(model, Listed(rows), config, run)
     assert _bits(model) == _bits(whole)
     assert _told(tmp_path / "cut") == _told(tmp_path / "whole")

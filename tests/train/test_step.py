@@ -25,7 +25,7 @@ FLOAT32_GRADIENT_TOLERANCE = 8 * 110 * 2.0**-24
 # The same for a sum of ~100 losses of equal sign.
 FLOAT32_LOSS_TOLERANCE = 110 * 2.0**-24
 
-NAMES = RowNames({})
+NAMES = RowNames()
 
 
 def _cut(examples: list[Example], size: int) -> list[Batch]:
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_gradient(
         model.get_output_embeddings().weight[3, 2] = poison
     batch = collate(rows[:2], pad_id=0)
     with pytest.raises(TrainError, match=r"HB501") as caught:
-        accumulate(model, batch, 8, RowNames({rows[1].id: rows[1].where}))
+        accumulate(model, batch, 8, RowNames([rows[1]]))
     assert rows[0].id in caught.value.where
     assert f"{rows[1].id} (rows.jsonl:2)" in caught.value.where
     assert all(p.grad is None for p in model.parameters())

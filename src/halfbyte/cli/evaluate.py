@@ -63,32 +63,17 @@ def evaluate(
 
 
 def _as_json(measured: Measurement) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if measured.loss is not None:
-        facts["loss"] = measured.loss.loss.as_dict()
-        facts["perplexity"] = measured.loss.perplexity.as_dict()
-    if measured.answers is not None:
-        facts["exact_match"] = measured.answers.rate.as_dict()
-        facts["ungradable_rows"] = measured.answers.ungradable
-        facts["too_long_rows"] = measured.answers.too_long
-    return facts
+    return {m.name: m.interval.as_dict() for m in measured.metrics} | dict(measured.left_out)
 
 
 def _print(measured: Measurement, output: Path, name: str) -> None:
     from rich.table import Table
 
-    from halfbyte.cli.summary import METRICS
-
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for heading in ("", "value", "95 % interval", "rows"):
         table.add_column(heading, justify="left" if not heading else "right")
-    intervals = {}
-    if measured.answers is not None:
-        intervals["exact_match"] = measured.answers.rate
-    if measured.loss is not None:
-        intervals |= {"loss": measured.loss.loss, "perplexity": measured.loss.perplexity}
-    for metric, interval in intervals.items():
-        shown = METRICS[metric]
+    for metric in measured.metrics:
+        shown, interval = metric.kind, metric.interval
         ends = f"{shown.text(interval.low)} to {shown.text(interval.high)}"
         table.add_row(shown.label, f"[bold]{shown.text(interval.value)}[/]", ends, f"{interval.n:,}")
     STDOUT.print(table)

@@ -122,21 +122,14 @@ def _rehearse(config: Config, wishes: Wishes) -> None:
     from halfbyte.data.order import Usage
     from halfbyte.pipeline import rehearse
 
-    rows, plan = rehearse(config, wishes.overwrite or wishes.resume)
+    task, plan = rehearse(config, wishes.overwrite or wishes.resume)
     usage = Usage.of(plan.order)
     facts = {
         "model": config.model,
+        "task": config.task,
         "method": config.method,
         "output_dir": config.output_dir,
-        "template": rows.template,
-        "train_rows": len(rows.train.examples),
-        "train_tokens": sum(len(e.input_ids) for e in rows.train.examples),
-        "trained_tokens": sum(e.trained_tokens for e in rows.train.examples),
-        "held_out_rows": len(rows.held_out.examples),
-        "truncated_rows": rows.truncated,
-        "misaligned_rows": rows.misaligned,
-        "duplicate_rows": rows.report.duplicates,
-        "skipped_rows": len(rows.reading.skipped),
+        **task.facts(),
         "steps": plan.total_steps,
         "first_epoch": asdict(usage) if wishes.as_json else usage.described(),
     }

@@ -5,7 +5,6 @@ It owns how a summary looks; every number in it was computed elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.cli.consoles import size
+from halfbyte.evaluate.metrics import KINDS, Kind
 from halfbyte.train.display import duration
 
 if TYPE_CHECKING:
@@ -23,33 +23,6 @@ if TYPE_CHECKING:
 
 SAMPLE_CHARACTERS = 240
 COLOURS = {"better": "green", "worse": "red", "not shown": "dim"}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is written.
-
-    Attributes:
-        label: Its name for people.
-        percent: Whether it is a share.
-        digits: Digits after the point.
-    """
-
-    label: str
-    percent: bool
-    digits: int
-
-    def text(self, value: float, signed: bool = False) -> str:
-        """A value as text."""
-        number = f"{100 * value if self.percent else value:{'+' if signed else ''},.{self.digits}f}"
-        return f"{number} %" if self.percent and not signed else number
-
-
-METRICS = {
-    "exact_match": Metric("exact match", percent=True, digits=1),
-    "loss": Metric("held-out loss", percent=False, digits=3),
-    "perplexity": Metric("perplexity", percent=False, digits=2),
-}
 
 
 def print_summary(result: RunResult, console: Console) -> None:
@@ -88,7 +61,7 @@ def _heading(summary: Summary) -> Text:
         else ""
     )
     return Text.assemble(
-        f"{s.model}, {s.method} on {s.weights} weights, "
+        f"{s.model}, {s.task}, {s.method} on {s.weights} weights, "
         f"{s.trainable_parameters:,} numbers trained ({share:.2%})\n"
         f"{s.train_rows:,} rows to train on, {s.held_out_rows:,} held out{cut}; template {s.template}",
         (skipped + straddle, "yellow"),
@@ -100,11 +73,11 @@ def _changes(summary: Summary) -> RenderableType | None:
     if not summary.changes:
         return Text("not measured", style="dim")
     table = _grid()
-    table.add_column("", no_wrap=True, min_width=max(len(metric.label) for metric in METRICS.values()))
+    table.add_column("", no_wrap=True, min_width=max(len(KINDS[c.name].label) for c in summary.changes))
     for heading in ("before", "after", "difference", ""):
         table.add_column(heading)
     for change in summary.changes:
-        metric = METRICS[change.name]
+        metric = KINDS[change.name]
         table.add_row(
             metric.label,
             _with_ends(change.before, metric),
@@ -118,18 +91,18 @@ def _changes(summary: Summary) -> RenderableType | None:
 
 def _counts(changes: tuple[Change, ...]) -> str:
     """How many rows stand behind the numbers."""
-    counts = {METRICS[c.name].label: c.before.n for c in changes}
+    counts = {KINDS[c.name].label: c.before.n for c in changes}
     if len(set(counts.values())) == 1:
         return f"{next(iter(counts.values())):,} rows"
     return ", ".join(f"{n:,} rows ({label})" for label, n in counts.items())
 
 
-def _with_ends(interval: Interval, metric: Metric, style: str = "") -> Text:
+def _with_ends(interval: Interval, metric: Kind, style: str = "") -> Text:
     low, high = metric.text(interval.low), metric.text(interval.high)
     return Text.assemble((metric.text(interval.value), style), (f"\n{low} to {high}", "dim"))
 
 
-def _difference(change: Change, metric: Metric) -> Text:
+def _difference(change: Change, metric: Kind) -> Text:
     if change.difference is None:
         return Text("")
     d = change.difference

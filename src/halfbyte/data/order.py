@@ -208,7 +208,7 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return bins
 
 
-def order_of(lengths: Sequence[int], config: TrainConfig, seed: int) -> Packed | Padded:
+def order_of(lengths: Sequence[int] | NDArray[np.int64], config: TrainConfig, seed: int) -> Packed | Padded:
     """The order that the settings ask for.
 
     Where rows are packed and no budget is set, a pass holds `batch_size` rows of average length and half a

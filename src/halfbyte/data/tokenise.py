@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.data.examples import Listed
 from halfbyte.data.render import Rendered, Renderer, render_rows
 from halfbyte.data.row import Row
 from halfbyte.errors import DataError, listed
@@ -56,6 +57,16 @@ class Example:
     aligned: bool = True
 
     @property
+    def tokens(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
+    @property
+    def content(self) -> bytes:
+        """Its tokens and which of them are targets."""
+        return self.input_ids.tobytes() + self.trained.tobytes()
+
+    @property
     def trained_tokens(self) -> int:
         """Targets that a causal model predicts: the first token has nothing before it."""
         return int(self.trained[1:].sum())
@@ -72,7 +83,7 @@ class Tokenised:
         stop_ids: Ids at which generation ends: the stop tokens these rows teach, and the end of text.
     """
 
-    examples: list[Example]
+    examples: Listed[Example]
     truncated: int
     misaligned: int
     stop_ids: tuple[int, ...]
@@ -243,7 +254,7 @@ def tokenise_rows(
     examples = _tokenise_all(rendered, encoder, max_length, max_truncated)
     stops = {stop for row in rendered for stop in row.stops} | {str(renderer.tokenizer.eos_token)}
     return Tokenised(
-        examples,
+        Listed(examples),
         truncated=sum(e.truncated for e in examples),
         misaligned=sum(not e.aligned for e in examples),
         stop_ids=tuple(sorted(encoder.id_of(stop) for stop in stops)),

@@ -5,15 +5,17 @@ It owns which measurements are made and their files; it must not know which mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.evaluate.metrics import Metric
 from halfbyte.evaluate.perplexity import LossResult, Progress, held_out_loss
-from halfbyte.evaluate.tasks import ExactMatchResult, exact_match, gradable, write_records
+from halfbyte.evaluate.tasks import Answer, ExactMatchResult, exact_match, gradable, write_records
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from halfbyte.data.tokenise import Example
@@ -39,32 +41,46 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What came out; None for what was not asked for or cannot be measured on these rows.
+    """What came out; what was not asked for or cannot be measured on these rows is not there.
 
     Args:
-        loss: Held-out loss and perplexity.
-        answers: Generated answers and exact matches.
+        metrics: The numbers.
+        records: What is kept of each row, by what was measured.
+        answers: Generated answers.
+        left_out: Rows that no answer was asked of, by the reason.
     """
 
-    loss: LossResult | None
-    answers: ExactMatchResult | None
+    metrics: tuple[Metric, ...]
+    records: Mapping[str, Sequence[DataclassInstance]] = field(default_factory=dict)
+    answers: tuple[Answer, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def described(self) -> str:
         """What was measured in a few words."""
-        words = []
-        if self.loss is not None:
-            words += [f"loss {self.loss.loss.value:.3f}", f"perplexity {self.loss.perplexity.value:,.2f}"]
-        if self.answers is not None:
-            right = sum(item.correct for item in self.answers.items)
-            words.append(f"exact match {right} of {len(self.answers.items)}")
+        words = [metric.described() for metric in self.metrics]
         return ", ".join(words) or "no held-out rows: nothing is measured"
 
     def write(self, folder: Path, name: str) -> None:
-        """Write one line per item to `<name>.loss.jsonl` and `<name>.answers.jsonl`, each if measured."""
-        if self.loss is not None:
-            write_records(folder / f"{name}.loss.jsonl", self.loss.items)
-        if self.answers is not None:
-            write_records(folder / f"{name}.answers.jsonl", self.answers.items)
+        """Write one line per row to `<name>.<what>.jsonl`, for all that was measured."""
+        for what, records in self.records.items():
+            write_records(folder / f"{name}.{what}.jsonl", records)
+
+    @classmethod
+    def of_words(cls, loss: LossResult | None, answers: ExactMatchResult | None) -> Measurement:
+        """The held-out loss of rows and the grades of generated answers, each if it was measured."""
+        metrics: list[Metric] = []
+        records: dict[str, Sequence[DataclassInstance]] = {}
+        if answers is not None:
+            metrics.append(Metric("exact_match", answers.rate, tuple(item.score for item in answers.items)))
+            records["answers"] = answers.items
+        if loss is not None:
+            metrics.append(Metric("loss", loss.loss, tuple(item.score for item in loss.items)))
+            metrics.append(Metric("perplexity", loss.perplexity, follows="loss"))
+            records["loss"] = loss.items
+        if answers is None:
+            return cls(tuple(metrics), records)
+        left_out = {"ungradable_rows": answers.ungradable, "too_long_rows": answers.too_long}
+        return cls(tuple(metrics), records, answers.items, left_out)
 
 
 def measure(
@@ -109,7 +125,7 @@ def measure(
             stop_ids=subject.stop_ids,
             progress=progress,
         )
-    return Measurement(loss, answers)
+    return Measurement.of_words(loss, answers)
 
 
 def rows_to_answer(examples: Sequence[Example], config: EvaluateConfig) -> list[Example]:

@@ -21,7 +21,7 @@ class Change:
     """One metric before and after, on the same items.
 
     Args:
-        name: `exact_match`, `loss` or `perplexity`.
+        name: The metric's.
         before: Of the base model.
         after: Of the trained one.
         difference: After minus before, item by item; None where no paired interval is defined.
@@ -61,6 +61,7 @@ class Setting:
     """What was run: what a person asks first.
 
     Args:
+        task: What the model was tuned for.
         model: Folder of the base model.
         method: full, lora or qlora.
         template: Chat format of the rows.
@@ -76,6 +77,7 @@ class Setting:
         skipped_rows: Faulty rows that were left out.
     """
 
+    task: str
     model: str
     method: str
     template: str
@@ -149,36 +151,32 @@ def compare(
     """
     if before is None or after is None:
         return ()
-    changes = []
-    if before.answers is not None and after.answers is not None:
-        old, new = before.answers, after.answers
-        difference = paired_difference([i.score for i in old.items], [i.score for i in new.items], seed=seed)
-        changes.append(Change("exact_match", old.rate, new.rate, difference, _verdict(difference, 1)))
-    if before.loss is not None and after.loss is not None:
-        first, last = before.loss, after.loss
-        difference = paired_difference(
-            [i.score for i in first.items], [i.score for i in last.items], resamples=resamples, seed=seed
-        )
-        # Perplexity rises and falls with the loss, so the loss's verdict is its own.
-        verdict = _verdict(difference, -1)
-        changes.append(Change("loss", first.loss, last.loss, difference, verdict))
-        changes.append(Change("perplexity", first.perplexity, last.perplexity, None, verdict))
-    return tuple(changes)
+    new = {metric.name: metric for metric in after.metrics}
+    changes: dict[str, Change] = {}
+    for old in before.metrics:
+        if old.name not in new:
+            continue
+        difference, verdict = None, changes[old.follows].verdict if old.follows else ""
+        if not old.follows:
+            difference = paired_difference(old.scores, new[old.name].scores, resamples=resamples, seed=seed)
+            verdict = _verdict(difference, old.kind.better)
+        changes[old.name] = Change(old.name, old.interval, new[old.name].interval, difference, verdict)
+    return tuple(changes.values())
 
 
-def _verdict(difference: Interval, good: int) -> str:
-    """What a difference shows, where differences of `good`'s sign are an improvement."""
+def _verdict(difference: Interval, better: int) -> str:
+    """What a difference shows, where differences of `better`'s sign are an improvement."""
     if difference.low <= 0 <= difference.high:
         return "not shown"
-    return "better" if difference.value * good > 0 else "worse"
+    return "better" if difference.value * better > 0 else "worse"
 
 
 def side_by_side(before: Measurement | None, after: Measurement | None, count: int) -> tuple[Sample, ...]:
     """Answers to the first `count` rows that both answered: the rows' order picks them, not what was said."""
-    if before is None or after is None or before.answers is None or after.answers is None:
+    if before is None or after is None:
         return ()
-    new = {item.id: item for item in after.answers.items}
-    shown = [item for item in before.answers.items if item.id in new][:count]
+    new = {item.id: item for item in after.answers}
+    shown = [item for item in before.answers if item.id in new][:count]
     return tuple(
         Sample(old.prompt, old.expected, old.got, new[old.id].got, old.correct, new[old.id].correct)
         for old in shown

@@ -6,15 +6,15 @@ line.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,8 +49,8 @@ from halfbyte.train.step import BatchLoss, RowNames, StepLoss, TokenLoss, accumu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from halfbyte.data.examples import ExampleSet, Learnable
     from halfbyte.data.pack import Batch
-    from halfbyte.data.tokenise import Example
     from halfbyte.settings import TrainConfig
 
 
@@ -63,6 +63,7 @@ class TrainRun:
         save: Writes the trained weights into the folder it is given (an adapter, or a whole model).
         seed: Decides the order of rows and dropout; the same seed gives the same weights, bit by bit.
         pad_id: Token id to fill short rows with; it is masked, so any id will do.
+        collate: Makes the batch of some examples; None packs or pads them, as the settings have it.
         autocast: Computing dtype of the forward pass where it differs from the weights', else None.
         display: Shows progress.
         resume: Checkpoint to go on from; None begins.
@@ -74,6 +75,7 @@ class TrainRun:
     save: Callable[[Path], None]
     seed: int = 0
     pad_id: int = 0
+    collate: Callable[[Sequence[Any]], Batch] | None = None
     autocast: torch.dtype | None = None
     display: Display = field(default_factory=Silent)
     resume: Checkpoint | None = None
@@ -117,7 +119,7 @@ class TrainResult:
 
 
 def train(
-    model: PreTrainedModel, examples: Sequence[Example], config: TrainConfig, run: TrainRun
+    model: PreTrainedModel, examples: ExampleSet[Learnable], config: TrainConfig, run: TrainRun
 ) -> TrainResult:
     """Train the model's trainable parameters on the examples, in place.
 
@@ -125,8 +127,7 @@ def train(
 
     Args:
         model: Causal language model with float32 trainable parameters.
-        examples: Tokenised rows, each with at least one trained token; those that the loss judges together stand next
-            to each other.
+        examples: Each with something to learn; those that the loss judges together stand next to each other.
         config: Settings of the training.
         run: Where to write, seed, display.
 
@@ -190,13 +191,16 @@ class _Loop:
         config: TrainConfig,
         run: TrainRun,
         plan: Plan,
-        examples: Sequence[Example],
+        examples: ExampleSet[Learnable],
     ) -> None:
         self.model, self.config, self.run, self.plan, self.examples = model, config, run, plan, examples
-        self.rows = RowNames({e.id: e.where for e in examples})
+        self.rows = RowNames(examples)
+        self.collate: Callable[[Sequence[Any]], Batch] = run.collate or (
+            pack if config.packing else partial(collate, pad_id=run.pad_id)
+        )
         self.loss: StepLoss = run.loss or TokenLoss(Objective(config.label_smoothing, config.z_loss))
         self.optimizer = build_optimizer(model, config)
-        self.state = TrainerState.beginning(plan.total_steps, run.seed, _digest(examples))
+        self.state = TrainerState.beginning(plan.total_steps, run.seed, examples.sha256)
         torch.manual_seed(run.seed)
         if run.resume is not None:
             self._go_on_from(run.resume)
@@ -229,11 +233,8 @@ class _Loop:
         per_step, order, examples = self.config.gradient_accumulation_steps, self.plan.order, self.examples
         each, left = self.loss.members, self.plan.total_steps - self.done
         for passes, after in itertools.islice(steps(order, per_step, self.state.position), left):
-            chosen = [[e for i in units for e in examples[each * i : each * (i + 1)]] for units in passes]
-            batches = [
-                pack(rows) if self.config.packing else collate(rows, self.run.pad_id) for rows in chosen
-            ]
-            yield _Step(batches, sum(map(order.room, passes)), after)
+            chosen = [[examples[each * i + k] for i in units for k in range(each)] for units in passes]
+            yield _Step(list(map(self.collate, chosen)), sum(map(order.room, passes)), after)
 
     def step(self, step: _Step, ctrl_c: CtrlC) -> StepRecord:
         """One optimizer step; the weights change only if all of it went well."""
@@ -398,13 +399,3 @@ class _Loop:
             peak_rss_bytes=peak_rss_bytes(),
             metrics=self.run.folder / "metrics.jsonl",
         )
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    """SHA-256 of the tokens of all rows and of which of them are trained, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example.input_ids).to_bytes(8, "little"))
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.trained.tobytes())
-    return digest.hexdigest()

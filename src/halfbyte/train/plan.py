@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from halfbyte.data.order import Order, order_of, passes_in
 from halfbyte.train.schedule import warmup_steps
 
 if TYPE_CHECKING:
-    from halfbyte.data.tokenise import Example
+    from halfbyte.data.examples import ExampleSet, Learnable
     from halfbyte.settings import TrainConfig
 
 
@@ -33,7 +36,7 @@ class Plan:
     warmup: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int], config: TrainConfig, seed: int) -> Plan:
+    def of(cls, lengths: Sequence[int] | NDArray[np.int64], config: TrainConfig, seed: int) -> Plan:
         """The plan for rows of some lengths; `max_steps` decides where it is set, else `epochs`.
 
         Raises:
@@ -54,7 +57,7 @@ class Plan:
         return cls(order, total, warmup_steps(total, config))
 
 
-def unit_lengths(examples: Sequence[Example], members: int) -> list[int]:
+def unit_lengths(examples: ExampleSet[Learnable], members: int) -> NDArray[np.int64]:
     """Tokens of each so many examples that are judged together, in order."""
-    lengths = [len(example.input_ids) for example in examples]
-    return [sum(lengths[begin : begin + members]) for begin in range(0, len(lengths), members)]
+    lengths: NDArray[np.int64] = examples.lengths.reshape(-1, members).sum(1)
+    return lengths

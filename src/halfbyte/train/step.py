@@ -6,7 +6,7 @@ It owns the arithmetic of the loss; it knows nothing of optimizers, epochs, file
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from halfbyte.model.inputs import model_inputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from halfbyte.data.examples import Learnable
     from halfbyte.data.pack import Batch
     from halfbyte.kernels.loss import HeadLoss
 
@@ -31,15 +32,19 @@ class RowNames:
     """How a batch's rows are named to a person: the row's content hash and where it stands.
 
     Args:
-        where: File and line by row id; ids that are missing are shown bare.
+        examples: The rows; ids that are missing are shown bare.
     """
 
-    where: Mapping[str, str]
+    examples: Iterable[Learnable] = ()
 
     def of(self, batches: Sequence[Batch]) -> str:
         """Names of all rows of some batches, the first few spelled out."""
         ids = [row_id for batch in batches for row_id in batch.ids]
-        shown = [f"{i} ({self.where[i]})" if i in self.where else i for i in ids[:ROWS_SHOWN]]
+        named = set(ids[:ROWS_SHOWN])
+        where = {
+            e.id: e.where for e in self.examples if e.id in named
+        }  # looked for only when something is wrong
+        shown = [f"{i} ({where[i]})" if i in where else i for i in ids[:ROWS_SHOWN]]
         more = f" and {len(ids) - ROWS_SHOWN} more" if len(ids) > ROWS_SHOWN else ""
         return ", ".join(shown) + more
 

@@ -1,0 +1,29 @@
+"""The tasks there are, by name.
+
+It owns that list; it must not know what any of them does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.tasks.task import Task
+from halfbyte.tasks.words import SftTask
+
+if TYPE_CHECKING:
+    from halfbyte.settings import Config
+
+TASKS: dict[str, type[Task[Any]]] = {"sft": SftTask}
+
+
+def prepare(config: Config, *, held_out_only: bool = False) -> Task[Any]:
+    """Make the rows of a run ready for the task its settings name; the model itself is not needed.
+
+    Args:
+        config: Settings of the run.
+        held_out_only: Measure all rows of `data.eval`, or else of `data.train`, and train on none.
+
+    Raises:
+        DataError: Naming every faulty row.
+    """
+    return TASKS[config.task].prepare(config, held_out_only=held_out_only)

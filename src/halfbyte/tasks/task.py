@@ -1,0 +1,173 @@
+"""What the pipeline asks of a task, whatever a model is tuned for.
+
+It owns that list of questions and the answers most tasks share; it must not know any one task.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from halfbyte.data.examples import Learnable
+from halfbyte.train.plan import Plan, unit_lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from halfbyte.data.check import DataReport
+    from halfbyte.data.examples import ExampleSet
+    from halfbyte.data.faults import Reading
+    from halfbyte.data.fingerprint import Fingerprint
+    from halfbyte.data.pack import Batch
+    from halfbyte.evaluate.measure import Measurement
+    from halfbyte.settings import Config
+    from halfbyte.train.step import StepLoss
+
+E = TypeVar("E", bound=Learnable)
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[E]):
+    """Rows, ready for the model.
+
+    Attributes:
+        train: To train on; those that are judged together stand next to each other.
+        held_out: To measure on, none of them trained on; may be empty.
+        report: What was counted in the files.
+        reading: Formats of the files, and the faulty rows that were skipped.
+        template: How the rows were written out.
+        fingerprint: Digests of chat format and tokenizer, kept with what is trained; None where neither is used.
+        cut: Rows to train on, and held out, that were cut at `max_length`.
+        misaligned: Rows in which a token straddles the border of prompt and answer.
+    """
+
+    train: ExampleSet[E]
+    held_out: ExampleSet[E]
+    report: DataReport
+    reading: Reading
+    template: str
+    fingerprint: Fingerprint | None = None
+    cut: tuple[int, int] = (0, 0)
+    misaligned: int = 0
+
+
+class Task(ABC, Generic[E]):
+    """Rows that are ready for a model, and what is made of both.
+
+    Args:
+        config: Settings of the run.
+        rows: Its rows.
+
+    Attributes:
+        members: Examples that are judged together: each unit of the rows is so many, next to each other.
+        collate: Makes the batch of some examples; None packs or pads tokens, as the settings have it.
+        pad_id: Token id to fill short rows with; it is masked, so any id will do.
+    """
+
+    members: int = 1
+    collate: Callable[[Sequence[Any]], Batch] | None = None
+    pad_id: int = 0
+
+    def __init__(self, config: Config, rows: Prepared[E]) -> None:
+        self.config, self.rows = config, rows
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, config: Config, *, held_out_only: bool = False) -> Self:
+        """Read, check, share out and encode the rows; the model itself is not needed.
+
+        Args:
+            config: Settings of the run.
+            held_out_only: Measure all rows of `data.eval`, or else of `data.train`, and train on none.
+
+        Raises:
+            DataError: Naming every faulty row.
+        """
+
+    @abstractmethod
+    def skeleton(self) -> PreTrainedModel:
+        """The model that `load` gives, with weights that take no memory."""
+
+    @abstractmethod
+    def load(self, progress: Progress | None = None) -> PreTrainedModel:
+        """The base with the head the task needs, as its method holds it."""
+
+    @abstractmethod
+    def check_fit(self, model: PreTrainedModel) -> None:
+        """Refuse rows that the model cannot be given; weights without memory will do."""
+
+    def begin(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
+        """Note what is needed of the model as it is before the first step."""
+
+    @property
+    def loss(self) -> StepLoss | None:
+        """What a step minimises; None is the loss of tokens, as the settings have it."""
+        return None
+
+    @abstractmethod
+    def measure(self, model: PreTrainedModel, progress: Progress | None = None) -> Measurement:
+        """Measure a model on the held-out rows, as the settings ask for it."""
+
+    @abstractmethod
+    def held_out_loss(self, model: PreTrainedModel) -> float:
+        """The number by which one state of a training is told to be better than another; lower is better."""
+
+    @abstractmethod
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write what was trained into a folder: an adapter, or a whole model."""
+
+    def plan(self) -> Plan:
+        """The steps that training has.
+
+        Raises:
+            ConfigError: HB102 where `batch_tokens` does not hold the longest row.
+        """
+        return Plan.of(unit_lengths(self.rows.train, self.members), self.config.train, self.config.seed)
+
+    def count(self, examples: ExampleSet[E]) -> int:
+        """Rows behind some examples."""
+        return len(examples) // self.members
+
+    def described(self) -> str:
+        """The counts in a few words."""
+        rows = self.rows
+        facts = [
+            f"{self.count(side):,} {name}" + f" ({cut:,} cut at max_length)" * bool(cut)
+            for side, cut, name in zip(
+                (rows.train, rows.held_out), rows.cut, ("to train on", "held out"), strict=True
+            )
+        ]
+        if rows.reading.skipped:
+            facts.append(f"{len(rows.reading.skipped):,} bad rows skipped")
+        if rows.report.duplicates:
+            facts.append(f"{rows.report.duplicates:,} duplicates")
+        return ", ".join([*facts, f"template {rows.template}"])
+
+    def facts(self) -> dict[str, int | str]:
+        """What a rehearsal prints."""
+        rows = self.rows
+        return {
+            "template": rows.template,
+            "train_rows": self.count(rows.train),
+            "train_tokens": int(rows.train.lengths.sum()),
+            "held_out_rows": self.count(rows.held_out),
+            "truncated_rows": sum(rows.cut),
+            "misaligned_rows": rows.misaligned,
+            "duplicate_rows": rows.report.duplicates,
+            "skipped_rows": len(rows.reading.skipped),
+        }
+
+    def notes(self) -> list[str]:
+        """What would make a good figure mislead."""
+        if not self.rows.misaligned:
+            return []
+        return [
+            f"In {self.rows.misaligned:,} rows a token straddles the border of prompt and answer: the model never "
+            "learns how such an answer begins, and answers from other tokens than it was trained on. "
+            "Mostly a blank at the end of the prompt is to blame; move it to the answer's beginning."
+        ]

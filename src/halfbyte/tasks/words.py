@@ -1,0 +1,126 @@
+"""Tasks of a language model that learns words: shared ground, and supervised fine-tuning.
+
+It owns how rows of words meet a causal language model; it must not know how a step is done.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from halfbyte.data.fingerprint import Fingerprint
+from halfbyte.data.render import Renderer
+from halfbyte.data.tokenise import Example, load_tokenizer, padding_id, tokenise_rows
+from halfbyte.evaluate.measure import Measurement, Subject, measure
+from halfbyte.evaluate.perplexity import held_out_loss
+from halfbyte.model.files import open_model_folder
+from halfbyte.model.limits import Limits
+from halfbyte.model.precision import computing_dtype
+from halfbyte.model.skeleton import build_skeleton
+from halfbyte.tasks.sides import read_sides
+from halfbyte.tasks.task import Prepared, Progress, Task
+from halfbyte.train.methods import load_base, saver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from halfbyte.settings import Config
+
+
+class WordsTask(Task[Example]):
+    """A causal language model and rows of words.
+
+    Args:
+        config: Settings of the run.
+        rows: Its rows.
+        renderer: Writes rows out, and holds the tokenizer.
+    """
+
+    def __init__(self, config: Config, rows: Prepared[Example], renderer: Renderer) -> None:
+        super().__init__(config, rows)
+        self.tokenizer = renderer.tokenizer
+        self.pad_id = padding_id(self.tokenizer)
+
+    def skeleton(self) -> PreTrainedModel:
+        """A causal language model with weights that take no memory."""
+        return build_skeleton(open_model_folder(self.config.model), computing_dtype(self.config.dtype))
+
+    def load(self, progress: Progress | None = None) -> PreTrainedModel:
+        """The causal language model, as its method holds it."""
+        return load_base(self.config, progress)
+
+    def check_fit(self, model: PreTrainedModel) -> None:
+        """Refuse rows that the model cannot be given.
+
+        Raises:
+            DataError: HB212 or HB213, naming every such row.
+        """
+        Limits.of(model).check([*self.rows.train, *self.rows.held_out])
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the adapter, or model and tokenizer, with the fingerprint of the words it learnt."""
+        assert self.rows.fingerprint is not None, "rows of words are written out in a template"
+        saver(model, self.tokenizer, self.config, self.rows.fingerprint)(folder)
+
+    def facts(self) -> dict[str, int | str]:
+        """What a rehearsal prints."""
+        return super().facts() | {"trained_tokens": sum(e.trained_tokens for e in self.rows.train)}
+
+
+class SftTask(WordsTask):
+    """Supervised fine-tuning: to write the answers of the rows.
+
+    Args:
+        config: Settings of the run.
+        rows: Its rows.
+        renderer: Writes rows out, and holds the tokenizer.
+        stop_ids: Token ids that end an answer.
+    """
+
+    def __init__(
+        self, config: Config, rows: Prepared[Example], renderer: Renderer, stop_ids: tuple[int, ...]
+    ) -> None:
+        super().__init__(config, rows, renderer)
+        self.stop_ids = stop_ids
+
+    @classmethod
+    def prepare(cls, config: Config, *, held_out_only: bool = False) -> Self:
+        """Read, check, share out, render and tokenise the rows.
+
+        Raises:
+            DataError: HB201 to HB226, each naming every faulty row.
+        """
+        renderer = Renderer(load_tokenizer(config.model), config.data.template)
+        sides = read_sides(config, "sft", held_out_only)
+        train, held_out = (
+            tokenise_rows(side, renderer, config.data.max_length, config.data.max_truncated)
+            for side in (sides.train, sides.held_out)
+        )
+        rows = Prepared(
+            train.examples,
+            held_out.examples,
+            sides.report,
+            sides.reading,
+            renderer.template,
+            Fingerprint.of(renderer),
+            (train.truncated, held_out.truncated),
+            train.misaligned + held_out.misaligned,
+        )
+        return cls(config, rows, renderer, held_out.stop_ids)
+
+    def measure(self, model: PreTrainedModel, progress: Progress | None = None) -> Measurement:
+        """Held-out loss, perplexity and exact matches."""
+        subject = Subject(model, self.tokenizer, self.stop_ids, self.pad_id)
+        config = self.config
+        return measure(subject, list(self.rows.held_out), config.evaluate, config.seed, progress)
+
+    def held_out_loss(self, model: PreTrainedModel) -> float:
+        """Nats per trained token."""
+        found = held_out_loss(
+            model,
+            list(self.rows.held_out),
+            batch_size=self.config.evaluate.batch_size,
+            pad_id=self.pad_id,
+            resamples=100,  # of the intervals nothing is kept
+        )
+        return found.loss.value
