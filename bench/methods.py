@@ -23,6 +23,7 @@ from typing import Any
 
 from figures import Figure, run, shared
 from halfbyte.config import load_config
+from halfbyte.data.tokenise import Example
 from halfbyte.evaluate.perplexity import ItemLoss, held_out_loss
 from halfbyte.evaluate.statistics import Interval, Score, bootstrap_ratio, paired_difference
 from halfbyte.settings import Config

@@ -31,9 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from figures import ROOT, Figure, run, shared
+from peers import PEERS, peers_python
 
-PEERS = ROOT / "build" / "peers"
-REQUIREMENTS = ROOT / "bench" / "peers.txt"
 SIDES = ROOT / "bench" / "sides"
 
 LAYERS, TOKENS = (8, 22), (512, 2048)
@@ -334,20 +333,6 @@ def common(where: str, sides: Sequence[Side]) -> Iterator[Figure]:
 
 def mib(count: int | None) -> float | None:
     return None if count is None else count / 2**20
-
-
-def peers_python() -> Path:
-    """The interpreter of the peers' environment, made where it is missing or made for other versions."""
-    made, wanted = PEERS / "requirements.txt", REQUIREMENTS.read_text(encoding="utf-8")
-    python = PEERS / "venv" / "bin" / "python"
-    if made.exists() and made.read_text(encoding="utf-8") == wanted:
-        return python
-    print(f"making the peers' environment in {PEERS / 'venv'}", file=sys.stderr)
-    shutil.rmtree(PEERS / "venv", ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", PEERS / "venv"], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", REQUIREMENTS], check=True)
-    made.write_text(wanted, encoding="utf-8")
-    return python
 
 
 def model_folder(layers: int) -> Path:

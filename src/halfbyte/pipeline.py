@@ -243,7 +243,9 @@ def _make_ready(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watc
     make_trainable(model, task.config)
     if task.config.train.packing:
         prove_isolation(model)  # training proves it again
-    task.begin(model)
+    if task.begins:
+        with _phase(task.begins, folder, watch) as part:
+            task.begin(model, part.progress)
 
 
 def _plan_memory(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watch: Watch) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic_core import PydanticCustomError
 
 Method = Literal["full", "lora", "qlora"]
-TaskName = Literal["sft"]
+TaskName = Literal["sft", "dpo", "simpo", "orpo", "kto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal[
     "auto",
@@ -140,6 +140,23 @@ READ_ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+PREFERENCES: tuple[TaskName, ...] = ("dpo", "simpo", "orpo", "kto")
+# Settings that only some tasks read.
+READ_BY_TASKS: dict[str, tuple[TaskName, ...]] = {
+    "train.label_smoothing": ("sft",),
+    "train.z_loss": ("sft",),
+    "preference.beta": PREFERENCES,
+    "preference.margin": ("simpo",),
+    "preference.good_weight": ("kto",),
+    "preference.bad_weight": ("kto",),
+    "evaluate.loss": ("sft",),
+    "evaluate.exact_match": ("sft",),
+    "evaluate.max_new_tokens": ("sft",),
+    "evaluate.max_items": ("sft",),
+    "evaluate.samples": ("sft",),
+}
+
+
 class TrainConfig(_Section):
     """The training run."""
 
@@ -231,6 +248,20 @@ class TrainConfig(_Section):
         return batch_tokens
 
 
+class PreferenceConfig(_Section):
+    """Constants of the objectives that learn from judged answers."""
+
+    beta: float | None = Field(None, gt=0)
+    """dpo, kto: how dear it is to leave the base; simpo: scale of rewards; orpo: weight of the odds ratio. null: 0.1,
+    for simpo 2."""
+    margin: float = Field(0.5, ge=0)
+    """simpo: by how much the better answer's reward is to lead."""
+    good_weight: float = Field(1.0, gt=0)
+    """kto: weight of answers that are good."""
+    bad_weight: float = Field(1.0, gt=0)
+    """kto: weight of answers that are not."""
+
+
 class EvaluateConfig(_Section):
     """What is measured on the held-out rows, before and after."""
 
@@ -258,7 +289,8 @@ class Config(_Section):
     model: str
     """Folder of the base model in Hugging Face's layout; in a settings file relative to that file's folder."""
     task: TaskName = "sft"
-    """What the model is tuned for: sft, to write the answers of the rows."""
+    """What the model is tuned for: sft to write the rows' answers; dpo, simpo, orpo to prefer one answer to another;
+    kto to prefer answers that were found good."""
     method: Method = "qlora"
     """full trains every weight, lora an adapter, qlora an adapter on a base held in 4 bits."""
     dtype: Dtype = "auto"
@@ -275,8 +307,27 @@ class Config(_Section):
     """The rows."""
     train: TrainConfig = TrainConfig()
     """The training run."""
+    preference: PreferenceConfig = PreferenceConfig()
+    """Learning from judged answers."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured."""
+
+    @field_validator("data", "train", "preference", "evaluate")
+    @classmethod
+    def _read_by_the_task(cls, section: _Section, others: ValidationInfo) -> _Section:
+        task = others.data.get("task")
+        for setting, readers in READ_BY_TASKS.items():
+            place, _, name = setting.partition(".")
+            if place != others.field_name or task is None or task in readers:
+                continue
+            value = getattr(section, name)
+            if value != type(section).model_fields[name].default:
+                raise PydanticCustomError(
+                    "unread",
+                    "nothing: task {task} does not read it",
+                    {"task": task, "setting": setting, "got": value},
+                )
+        return section
 
     @field_validator("train")
     @classmethod

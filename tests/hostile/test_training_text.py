@@ -17,8 +17,8 @@ import torch
 import halfbyte as hb
 from halfbyte.config import load_config
 from halfbyte.errors import DataError, ModelError
-from halfbyte.settings import Config
 from halfbyte.pipeline import evaluate
+from halfbyte.settings import Config
 from halfbyte.tasks.known import prepare
 
 GOOD = (

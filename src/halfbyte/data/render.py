@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
@@ -51,6 +51,10 @@ class Rendered:
     answer: str | None
     where: str
     id: str
+
+    def last_answer_only(self) -> Rendered:
+        """The same text with nothing to learn but its last answer."""
+        return replace(self, trained=self.trained[-1:], stops=self.stops[-1:])
 
 
 class Renderer:

@@ -235,7 +235,12 @@ def tokenise(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def tokenise_rows(
-    rows: Sequence[Row], renderer: Renderer, max_length: int, max_truncated: float = 1.0
+    rows: Sequence[Row],
+    renderer: Renderer,
+    max_length: int,
+    max_truncated: float = 1.0,
+    *,
+    last_answer_only: bool = False,
 ) -> Tokenised:
     """Render and tokenise all rows.
 
@@ -244,6 +249,7 @@ def tokenise_rows(
         renderer: Writes them out, and holds the tokenizer.
         max_length: Tokens to keep of each row, at least 2; the rest is cut off at the end, and counted.
         max_truncated: Share of the rows that may be cut, 0 to 1.
+        last_answer_only: Train no earlier answer of a conversation.
 
     Raises:
         DataError: As `render_rows` and `tokenise`, and HB221 if too many rows are cut; each names every such
@@ -251,6 +257,8 @@ def tokenise_rows(
     """
     encoder = Encoder(renderer.tokenizer)
     rendered = render_rows(rows, renderer)
+    if last_answer_only:
+        rendered = [row.last_answer_only() for row in rendered]
     examples = _tokenise_all(rendered, encoder, max_length, max_truncated)
     stops = {stop for row in rendered for stop in row.stops} | {str(renderer.tokenizer.eos_token)}
     return Tokenised(

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.settings import PREFERENCES
+from halfbyte.tasks.preference import PreferenceTask
 from halfbyte.tasks.task import Task
 from halfbyte.tasks.words import SftTask
 
 if TYPE_CHECKING:
     from halfbyte.settings import Config
 
-TASKS: dict[str, type[Task[Any]]] = {"sft": SftTask}
+TASKS: dict[str, type[Task[Any]]] = {"sft": SftTask} | dict.fromkeys(PREFERENCES, PreferenceTask)
 
 
 def prepare(config: Config, *, held_out_only: bool = False) -> Task[Any]:

@@ -66,11 +66,13 @@ class Task(ABC, Generic[E]):
     Attributes:
         members: Examples that are judged together: each unit of the rows is so many, next to each other.
         collate: Makes the batch of some examples; None packs or pads tokens, as the settings have it.
+        begins: What `begin` notes, in a word; empty where it notes nothing.
         pad_id: Token id to fill short rows with; it is masked, so any id will do.
     """
 
     members: int = 1
     collate: Callable[[Sequence[Any]], Batch] | None = None
+    begins: str = ""
     pad_id: int = 0
 
     def __init__(self, config: Config, rows: Prepared[E]) -> None:
