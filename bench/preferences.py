@@ -28,6 +28,7 @@ from figures import Figure, run, shared
 from halfbyte.config import load_config
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
+from halfbyte.data.row import Row
 from halfbyte.data.tokenise import Example, load_tokenizer, tokenise_rows
 from halfbyte.model.adapters import save_adapter
 from halfbyte.pipeline import run as run_recipe
@@ -153,7 +154,7 @@ def as_tokens(better: Example, worse: Example) -> dict[str, list[int]]:
     }
 
 
-def fitting(task: str, folder: Path) -> Path:
+def fitting(task: str, folder: Path, longest: int = LONGEST) -> Path:
     """The rows that are short enough, as a file."""
     source = shared(FILES.get(task, PAIRS))
     target = folder / source.name
@@ -163,8 +164,8 @@ def fitting(task: str, folder: Path) -> Path:
         kept = []
         for row, given in zip(rows, json.loads(source.read_text(encoding="utf-8")), strict=True):
             sides = [turns for turns in (row.messages, row.rejected) if turns is not None]
-            plain = [row.__class__(turns, None, row.source, row.line) for turns in sides]
-            if all(len(e.input_ids) <= LONGEST for e in tokenise_rows(plain, renderer, 10**6).examples):
+            plain = [Row(turns, None, row.source, row.line) for turns in sides]
+            if all(e.tokens <= longest for e in tokenise_rows(plain, renderer, 10**6).examples):
                 kept.append(given)
         target.write_text(json.dumps(kept), encoding="utf-8")
     return target

@@ -360,9 +360,13 @@ def test_tokens_that_straddle_prompt_and_answer_are_told(make: Make) -> None:
 
 
 def test_a_rehearsal_counts_and_writes_nothing(make: Make, tmp_path: Path) -> None:
-    task, plan = pipeline.rehearse(make())
-    assert len(task.rows.train) == 24
-    assert plan.total_steps == 12
+    found = pipeline.rehearse(make())
+    assert len(found.task.rows.train) == 24
+    assert found.plan.total_steps == 12
+    longest = sorted((e.tokens for e in found.task.rows.train), reverse=True)
+    assert sum(longest[:3]) <= found.trial.tokens <= found.plan.order.most_tokens
+    speed = found.trial.tokens / found.trial.seconds
+    assert found.seconds == pytest.approx(2 * sum(longest) / speed)
     assert not (tmp_path / "run").exists()
 
 

@@ -95,6 +95,7 @@ CODES: dict[str, str] = {
     "HB507": "Noise does not reach the model",
     "HB510": "Checkpoint is damaged",
     "HB511": "Checkpoint is of another run",
+    "HB513": "Too little memory",
     "HB601": "Numbers no interval can be made of",
     "HB602": "Two evaluations of different items",
     "HB603": "Nothing to evaluate",

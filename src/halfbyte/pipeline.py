@@ -5,9 +5,10 @@ It owns the order of the steps and what each hands to the next; it must not know
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte import __version__
 from halfbyte.config import load_config, refuse_other_settings
 from halfbyte.data.containers import row_files
+from halfbyte.data.order import Usage
 from halfbyte.errors import ConfigError, EvaluateError, listed
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.govern.manifest import manifest
@@ -26,6 +28,7 @@ from halfbyte.model.files import open_model_folder
 from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
+from halfbyte.model.keep import KeepPlan
 from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.watch import Part, Watch
@@ -34,6 +37,7 @@ from halfbyte.tasks.known import prepare
 from halfbyte.tasks.task import Prepared, Task
 from halfbyte.train.checkpoint import Checkpoint, last_good
 from halfbyte.train.loop import TrainRun, train
+from halfbyte.train.loop import rehearse as rehearse_training
 from halfbyte.train.memory import activation_budget_bytes
 from halfbyte.train.methods import (
     ModelSize,
@@ -44,6 +48,7 @@ from halfbyte.train.methods import (
 )
 from halfbyte.train.metrics import peak_rss_bytes
 from halfbyte.train.plan import Plan
+from halfbyte.train.trial import Trial, enough_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +95,7 @@ def run(
     """
     config = config if isinstance(config, Config) else load_config(config)
     watch = watch or Watch()
-    autocast = autocast_dtype(config)
+    autocast_dtype(config)
     folder, checkpoint = _open_folder(config, overwrite, resume, watch)
 
     with _phase("prepare rows", folder, watch) as part:
@@ -106,18 +111,7 @@ def run(
     before = measured("before") if evaluate else None
     _plan_memory(task, model, folder, watch)
 
-    how = TrainRun(
-        folder.path,
-        partial(task.save, model),
-        config.seed,
-        task.pad_id,
-        autocast=autocast,
-        display=watch.training(config.train.log_steps),
-        resume=checkpoint,
-        held_out_loss=_held_out_loss(task, model),
-        loss=task.loss,
-        collate=task.collate,
-    )
+    how = replace(_how(task, model), display=watch.training(config.train.log_steps), resume=checkpoint)
     with folder.phase("train"):
         training = train(model, task.rows.train, config.train, how)
     folder.event("head", **head_route(model)._asdict())
@@ -141,25 +135,61 @@ def run(
     return RunResult(folder.path, result, summary)
 
 
-def rehearse(config: Config, overwrite: bool = False) -> tuple[Task[Any], Plan]:
-    """Everything of a run that can fail before the weights are read; nothing is written.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run would be.
+
+    Attributes:
+        task: Its rows.
+        plan: The steps that training would have.
+        trial: What a step on the largest batch took.
+    """
+
+    task: Task[Any]
+    plan: Plan
+    trial: Trial
+
+    @property
+    def seconds(self) -> float:
+        """About how long training would take, at the trial's speed."""
+        per_step = self.task.config.train.gradient_accumulation_steps
+        epochs = self.plan.total_steps / math.ceil(Usage.of(self.plan.order).passes / per_step)
+        tokens = epochs * float(self.plan.order.lengths.sum())
+        return tokens * self.trial.seconds / self.trial.tokens
+
+
+def rehearse(config: Config, overwrite: bool = False, *, watch: Watch | None = None) -> Rehearsal:
+    """All that a run does up to its first step: one on the largest batch, and one of measuring, which leave no trace.
 
     Args:
         config: Settings.
         overwrite: Whether an earlier run in `output_dir` is to be replaced.
-
-    Returns:
-        The rows, and the steps that training would have.
+        watch: Shows progress; None shows nothing.
 
     Raises:
         HalfbyteError: What the run would have raised.
     """
+    watch = watch or Watch()
     check_free(Path(config.output_dir), overwrite)
     autocast_dtype(config)
     open_model_folder(config.model)
-    task = prepare(config)
+    with watch.part("prepare rows") as part:
+        task = prepare(config)
+        part.say(task.described())
+    for note in task.notes():
+        watch.note(note)
     task.check_fit(task.skeleton())
-    return task, task.plan()
+    with watch.part("load model") as part:
+        model = task.load(part.progress)
+    with watch.part("try a step") as part:
+        make_trainable(model, config)
+        task.begin(model, part.progress)
+        _choose_kept(task, model)
+        with enough_memory("measuring the longest held-out rows"):
+            task.longest_held_out().measure(model, part.progress)
+        trial = rehearse_training(model, task.rows.train, config.train, _how(task, model))
+        part.say(f"{trial.tokens:,} tokens in {trial.seconds:.2f} s")
+    return Rehearsal(task, task.plan(), trial)
 
 
 def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None = None) -> Measurement:
@@ -250,17 +280,37 @@ def _make_ready(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watc
 
 def _plan_memory(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watch: Watch) -> None:
     """Decide what layers keep for the backward pass, and say which run fused."""
-    tokens = task.plan().order.most_tokens
-    budget = activation_budget_bytes(task.config.train.activation_memory_gb)
     with _phase("plan memory", folder, watch) as part:
         for kind in blocks.describe(model):
             folder.event("layers", **kind._asdict())
             if not kind.fused:
                 part.say(f"{kind.layers} {kind.type} are not fused: {kind.why}")
-        plan = blocks.plan_memory(model, tokens, budget)
+        plan, tokens = _choose_kept(task, model)
         if plan is not None:
             folder.event("memory", tokens=tokens, **plan.as_dict())
             part.say(plan.described())
+
+
+def _choose_kept(task: Task[Any], model: PreTrainedModel) -> tuple[KeepPlan | None, int]:
+    """Have layers keep what memory allows at the largest batch; that plan, and the batch's tokens."""
+    tokens = task.plan().order.most_tokens
+    budget = activation_budget_bytes(task.config.train.activation_memory_gb)
+    return blocks.plan_memory(model, tokens, budget), tokens
+
+
+def _how(task: Task[Any], model: PreTrainedModel) -> TrainRun:
+    """What training is given beside model, examples and settings."""
+    config = task.config
+    return TrainRun(
+        Path(config.output_dir),
+        partial(task.save, model),
+        config.seed,
+        task.pad_id,
+        autocast=autocast_dtype(config),
+        held_out_loss=_held_out_loss(task, model),
+        loss=task.loss,
+        collate=task.collate,
+    )
 
 
 def _measure(

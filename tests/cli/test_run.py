@@ -76,7 +76,11 @@ def test_a_dry_run_counts_and_writes_nothing(call: Call, recipe: Path, tmp_path:
     assert (facts["train_rows"], facts["held_out_rows"], facts["steps"]) == (12, 4, 3)
     assert (facts["first_epoch"]["passes"], facts["first_epoch"]["rows_per_pass"]) == (3, 4.0)
     assert 0.5 < facts["first_epoch"]["fill"] <= 1.0
-    assert "nothing was written" in call("run", recipe, "--dry-run").stdout
+    assert facts["largest_batch"]["tokens"] > 0
+    assert facts["training_seconds"] > 0
+    shown = call("run", recipe, "--dry-run").stdout
+    for said in ("nothing was written", "largest batch", "at that speed", "A row as the model sees it", "⟦"):
+        assert said in shown
     assert not (tmp_path / "run").exists()
 
 

@@ -1,8 +1,9 @@
 """Silent failures of training, each planted in a whole run through the command line or the pipeline, and seen.
 
 `pytest -k hostile -v` lists the table; the number is the failure's in the project's list of them: packed samples that
-see each other (5), accumulation that differs from a larger batch (6), a resume that replays or loses (7), numbers
-that are not finite (15), rows on both sides of an evaluation (21).
+see each other (5), accumulation that differs from a larger batch (6), a resume that replays or loses (7), memory that
+does not suffice for the longest rows (11), numbers that are not finite (15), rows on both sides of an evaluation
+(21).
 """
 
 from __future__ import annotations
@@ -131,6 +132,51 @@ def test_hostile_7_a_run_killed_while_it_trains_is_resumed_to_the_same_bytes(
     assert steps == list(range(1, 13))
 
 
+SCARCE = """
+import json, resource, sys
+import torch
+from halfbyte.config import load_config
+from halfbyte.pipeline import run
+from halfbyte.report.watch import Watch
+torch.set_num_threads(1)
+
+class Scarce(Watch):
+    def training(self, log_steps):  # all is loaded and measured: from here on there are 160 MB more
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 160_000_000, resource.RLIM_INFINITY))
+        return super().training(log_steps)
+
+run(load_config(None, (), json.loads(sys.argv[1])), evaluate=False, watch=Scarce())
+"""
+
+
+def test_hostile_11_the_first_long_batch_takes_too_much_memory(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Few rows are long and an epoch may end before they meet; the run ends before its first step, not at theirs."""
+    rows = json.loads(Path(settings["data"]["train"]).read_text(encoding="utf-8"))
+    many = [row | {"instruction": f"{n}: {row['instruction']}"} for n in range(16) for row in rows]
+    for number, row in enumerate(many[:32]):
+        row["output"] = f"{number} " + "so it was, and so it is. " * 60
+    Path(settings["data"]["train"]).write_text(json.dumps(many), encoding="utf-8")
+    settings["data"] |= {"eval_fraction": 0.0, "max_truncated": 1.0}
+    settings["train"] |= {"batch_size": 32, "packing": False, "activation_memory_gb": 100}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+
+    def attempt() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", SCARCE, json.dumps(settings)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    refused = attempt()
+    assert refused.returncode != 0
+    assert "HB513" in refused.stderr
+    assert "a step on the largest batch, 16,384 tokens in 32 rows" in refused.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    settings["train"] |= {"batch_size": 2, "gradient_accumulation_steps": 16}
+    settings["output_dir"] = str(tmp_path / "smaller")
+    assert attempt().returncode == 0  # as the error advises
+
+
 def test_hostile_15_a_number_that_is_not_finite_stops_the_run_with_its_rows_and_a_checkpoint(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +187,9 @@ def test_hostile_15_a_number_that_is_not_finite_stops_the_run_with_its_rows_and_
         nonlocal passes
         passes += 1
         found = right(*args)
-        return found._replace(objective=found.objective * float("inf")) if passes == 4 else found
+        return (
+            found._replace(objective=found.objective * float("inf")) if passes == 5 else found
+        )  # 1 is the trial
 
     monkeypatch.setattr(step, "batch_loss", overflowing)
     with pytest.raises(

@@ -187,8 +187,9 @@ def test_cut_rows_are_counted_once_a_pair(make: Make) -> None:
 
 
 def test_a_rehearsal_counts_pairs(make: Make) -> None:
-    task, plan = rehearse(make("dpo"))
-    assert task.facts()["train_rows"] == 24
+    found = rehearse(make("dpo"))
+    plan = found.plan
+    assert found.task.facts()["train_rows"] == 24
     assert plan.total_steps == len(next(iter(plan.order.windows(0)))) * 6
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.consoles import STDERR, STDOUT, print_json
+from halfbyte.cli.consoles import STDERR, STDOUT, print_json, size
 
 if TYPE_CHECKING:
-    from halfbyte.pipeline import RunResult
+    from halfbyte.pipeline import Rehearsal, RunResult
     from halfbyte.settings import Config
 
 RecipeFile = Annotated[
@@ -119,24 +119,50 @@ def _as_json(result: RunResult) -> dict[str, Any]:
 
 def _rehearse(config: Config, wishes: Wishes) -> None:
     """What the run would do."""
-    from halfbyte.data.order import Usage
     from halfbyte.pipeline import rehearse
+    from halfbyte.report.watch import Watch
 
-    task, plan = rehearse(config, wishes.overwrite or wishes.resume)
-    usage = Usage.of(plan.order)
-    facts = {
+    found = rehearse(config, wishes.overwrite or wishes.resume, watch=Watch(STDERR))
+    if wishes.as_json:
+        print_json(_facts(found) | {"largest_batch": asdict(found.trial), "training_seconds": found.seconds})
+    else:
+        _print_rehearsal(found)
+
+
+def _facts(found: Rehearsal) -> dict[str, Any]:
+    """What was counted."""
+    from halfbyte.data.order import Usage
+
+    config = found.task.config
+    return {
         "model": config.model,
         "task": config.task,
         "method": config.method,
         "output_dir": config.output_dir,
-        **task.facts(),
-        "steps": plan.total_steps,
-        "first_epoch": asdict(usage) if wishes.as_json else usage.described(),
+        **found.task.facts(),
+        "steps": found.plan.total_steps,
+        "first_epoch": asdict(Usage.of(found.plan.order)),
     }
-    if wishes.as_json:
-        print_json(facts)
-        return
-    STDOUT.print("[bold]Dry run:[/] settings, rows and model folder are in order; nothing was written.")
+
+
+def _print_rehearsal(found: Rehearsal) -> None:
+    from halfbyte.cli.row_view import print_example
+    from halfbyte.data.order import Usage
+    from halfbyte.tasks.words import WordsTask
+    from halfbyte.train.display import duration
+
+    trial, peak = found.trial, size(found.trial.peak_rss_bytes)
+    facts = _facts(found) | {
+        "first_epoch": Usage.of(found.plan.order).described(),
+        "largest_batch": f"{trial.tokens:,} tokens in {trial.seconds:.2f} s, {peak} at most for the whole process",
+        "training": f"about {duration(found.seconds)} at that speed",
+    }
+    STDOUT.print(
+        "[bold]Dry run:[/] settings, rows and model are in order, and the largest batch fits; nothing was written."
+    )
     for name, value in facts.items():
         text = f"{value:,}" if isinstance(value, int) else str(value)
         STDOUT.print(f"  {name.replace('_', ' '):<16} {text}", highlight=False, markup=False, soft_wrap=True)
+    if isinstance(found.task, WordsTask):
+        STDOUT.print("\n[bold]A row as the model sees it[/], what is learnt marked")
+        print_example(found.task.rows.train[0], found.task.tokenizer, STDOUT)

@@ -59,6 +59,10 @@ class Order(Protocol):
     def most_tokens(self) -> int:
         """Most tokens of a pass, padding included."""
 
+    @property
+    def largest(self) -> Pass:
+        """The pass that needs most memory of all there could be."""
+
     def windows(self, epoch: int, first: int = 0) -> Iterator[list[Pass]]:
         """The passes of an epoch, window by window; those before `first` are not worked out."""
 
@@ -90,6 +94,11 @@ class Padded:
     def most_tokens(self) -> int:
         """A batch of the longest rows."""
         return min(self.batch_size, len(self.lengths)) * int(self.lengths.max())
+
+    @property
+    def largest(self) -> Pass:
+        """A batch of the longest rows."""
+        return longest_first(self.lengths)[: self.batch_size]
 
     def windows(self, epoch: int, first: int = 0) -> Iterator[list[Pass]]:
         """The whole epoch as one window: cutting costs nothing, so nothing is gained by starting later."""
@@ -145,6 +154,16 @@ class Packed:
         """The budget, or all rows where they are fewer tokens."""
         return min(self.batch_tokens, int(self.lengths.sum()))
 
+    @property
+    def largest(self) -> Pass:
+        """The longest rows that the budget holds together."""
+        chosen, left = [], self.batch_tokens
+        for row in longest_first(self.lengths):
+            if (length := int(self.lengths[row])) <= left:
+                chosen.append(row)
+                left -= length
+        return chosen
+
     def windows(self, epoch: int, first: int = 0) -> Iterator[list[Pass]]:
         """The passes of an epoch, window by window; those before `first` are not packed."""
         shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
@@ -156,14 +175,20 @@ class Packed:
                 yield self._pack(members, np.random.default_rng([self.seed, epoch, 1 + window]))
 
     def _pack(self, members: NDArray[np.int64], random: np.random.Generator) -> list[Pass]:
-        longest_first = members[np.argsort(-self.lengths[members], kind="stable")]
-        bins = first_fit(self.lengths[longest_first].tolist(), self.batch_tokens)
-        order = longest_first.tolist()
+        decreasing = members[longest_first(self.lengths[members])]
+        bins = first_fit(self.lengths[decreasing].tolist(), self.batch_tokens)
+        order = decreasing.tolist()
         return [[order[i] for i in bins[chosen]] for chosen in random.permutation(len(bins))]
 
     def room(self, members: Pass) -> int:
         """The budget."""
         return self.batch_tokens
+
+
+def longest_first(lengths: NDArray[np.int64]) -> list[int]:
+    """Numbers of some rows by decreasing length, equal ones in their order."""
+    order: list[int] = np.argsort(-lengths, kind="stable").tolist()
+    return order
 
 
 def _refuse_nothing(lengths: NDArray[np.int64]) -> None:

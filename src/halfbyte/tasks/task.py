@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from halfbyte.data.examples import Learnable
+from halfbyte.data.examples import Learnable, Listed
+from halfbyte.data.order import longest_first
 from halfbyte.train.plan import Plan, unit_lengths
 
 if TYPE_CHECKING:
@@ -130,6 +132,15 @@ class Task(ABC, Generic[E]):
             ConfigError: HB102 where `batch_tokens` does not hold the longest row.
         """
         return Plan.of(unit_lengths(self.rows.train, self.members), self.config.train, self.config.seed)
+
+    def longest_held_out(self) -> Self:
+        """The same with the longest held-out rows alone, as many as are measured at once."""
+        held_out, each = self.rows.held_out, self.members
+        units = longest_first(held_out.lengths.reshape(-1, each).sum(1))[: self.config.evaluate.batch_size]
+        chosen = [held_out[each * unit + k] for unit in units for k in range(each)]
+        task = copy(self)
+        task.rows = replace(self.rows, held_out=Listed(chosen))
+        return task
 
     def count(self, examples: ExampleSet[E]) -> int:
         """Rows behind some examples."""

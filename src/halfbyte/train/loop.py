@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halfbyte.data.order import Packed, Position, Usage, steps
+from halfbyte.data.order import Packed, Pass, Position, Usage, steps
 from halfbyte.data.pack import collate, pack
 from halfbyte.errors import TrainError
 from halfbyte.model.heads import Objective
@@ -45,6 +45,7 @@ from halfbyte.train.plan import Plan, unit_lengths
 from halfbyte.train.schedule import learning_rate_factor
 from halfbyte.train.state import capture, random_state, restore
 from halfbyte.train.step import BatchLoss, RowNames, StepLoss, TokenLoss, accumulate
+from halfbyte.train.trial import Trial, try_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,18 +139,17 @@ def train(
         ModelError: HB317 where rows are to be packed and the model cannot keep them apart.
         TrainError: HB501 or HB502 at the first loss or gradient that is not finite, with the weights of the
             step before saved; HB504, HB505 for what cannot be trained; HB511 for a checkpoint of another run.
+            HB513 where memory does not suffice for the largest batch, which is tried before the first step.
         TrainInterrupted: HB503 after Ctrl-C.
     """
-    plan = Plan.of(unit_lengths(examples, run.loss.members if run.loss else 1), config, run.seed)
-    if config.packing:
-        prove_isolation(model)
-    loop = _Loop(model, config, run, plan, examples)
+    loop = _Loop(model, config, run, examples)
     with (
         _training_mode(model),
         CtrlC() as ctrl_c,
         MetricsFile(run.folder / "metrics.jsonl", after=loop.done) as metrics,
-        Shown(run.display, plan.total_steps) as display,
+        Shown(run.display, loop.plan.total_steps) as display,
     ):
+        loop.try_largest()
         for step in loop.steps():
             record = loop.measured(loop.step(step, ctrl_c))
             metrics.write(record)
@@ -160,6 +160,30 @@ def train(
         if config.keep == "best":
             loop.go_back_to_best()
     return loop.result()
+
+
+def rehearse(
+    model: PreTrainedModel, examples: ExampleSet[Learnable], config: TrainConfig, run: TrainRun
+) -> Trial:
+    """Do what `train` does before its first step, and time the largest batch; nothing is written or changed.
+
+    Args:
+        model: As for `train`.
+        examples: As for `train`.
+        config: As for `train`.
+        run: As for `train`.
+
+    Returns:
+        What a step on the largest batch takes, when it is not the first.
+
+    Raises:
+        ModelError: HB317.
+        TrainError: HB504, HB505, HB513.
+    """
+    loop = _Loop(model, config, run, examples)
+    with _training_mode(model):
+        loop.try_largest()
+        return loop.try_largest()
 
 
 @dataclass(frozen=True)
@@ -190,15 +214,17 @@ class _Loop:
         model: PreTrainedModel,
         config: TrainConfig,
         run: TrainRun,
-        plan: Plan,
         examples: ExampleSet[Learnable],
     ) -> None:
-        self.model, self.config, self.run, self.plan, self.examples = model, config, run, plan, examples
+        self.model, self.config, self.run, self.examples = model, config, run, examples
+        self.loss: StepLoss = run.loss or TokenLoss(Objective(config.label_smoothing, config.z_loss))
+        self.plan = plan = Plan.of(unit_lengths(examples, self.loss.members), config, run.seed)
+        if config.packing:
+            prove_isolation(model)
         self.rows = RowNames(examples)
         self.collate: Callable[[Sequence[Any]], Batch] = run.collate or (
             pack if config.packing else partial(collate, pad_id=run.pad_id)
         )
-        self.loss: StepLoss = run.loss or TokenLoss(Objective(config.label_smoothing, config.z_loss))
         self.optimizer = build_optimizer(model, config)
         self.state = TrainerState.beginning(plan.total_steps, run.seed, examples.sha256)
         torch.manual_seed(run.seed)
@@ -230,11 +256,20 @@ class _Loop:
 
     def steps(self) -> Iterator[_Step]:
         """The data of each optimizer step that is left, over as many epochs as it takes."""
-        per_step, order, examples = self.config.gradient_accumulation_steps, self.plan.order, self.examples
-        each, left = self.loss.members, self.plan.total_steps - self.done
+        per_step, order = self.config.gradient_accumulation_steps, self.plan.order
+        left = self.plan.total_steps - self.done
         for passes, after in itertools.islice(steps(order, per_step, self.state.position), left):
-            chosen = [[examples[each * i + k] for i in units for k in range(each)] for units in passes]
-            yield _Step(list(map(self.collate, chosen)), sum(map(order.room, passes)), after)
+            yield _Step(list(map(self.batch, passes)), sum(map(order.room, passes)), after)
+
+    def batch(self, units: Pass) -> Batch:
+        """The batch of some units."""
+        each = self.loss.members
+        return self.collate([self.examples[each * unit + k] for unit in units for k in range(each)])
+
+    def try_largest(self) -> Trial:
+        """A step on the largest batch there can be, without a trace."""
+        batch = self.batch(self.plan.order.largest)
+        return try_step(self.model, batch, self.config, self.loss, self.run.autocast)
 
     def step(self, step: _Step, ctrl_c: CtrlC) -> StepRecord:
         """One optimizer step; the weights change only if all of it went well."""
