@@ -4,11 +4,11 @@ It owns when a run is killed and what is compared; it must not know what a check
 
     python bench/resume.py [--quick] [--kills N]
 
-The runs are `halfbyte train` with QLoRA of base-11m, on real instruction rows (sft) and on real pairs (dpo) in turn, a
-checkpoint after every second step, LoRA dropout on, packed. Each trial begins a run of its own, kills it with SIGKILL,
-resumes it to its end, and compares every byte of the adapter with that of a run that was left alone. The moments are
-drawn at random from the whole run, start-up included; in every second trial of a task the kill comes a few milliseconds
-after a checkpoint is begun to be written.
+The runs are `halfbyte train` with QLoRA of base-11m, on real instruction rows (sft) and on real pairs (dpo) in turn,
+a checkpoint after every second step, LoRA dropout on, packed. Each trial begins a run of its own, kills it with
+SIGKILL, resumes it to its end, and compares every byte of the adapter with that of a run that was left alone. The
+moments are drawn at random from the whole run, start-up included; in every second trial of a task the kill comes a
+few milliseconds after a checkpoint is begun to be written.
 """
 
 from __future__ import annotations

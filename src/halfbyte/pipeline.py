@@ -31,6 +31,7 @@ from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.keep import KeepPlan
 from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
+from halfbyte.report.trackers import check_installed, tracked
 from halfbyte.report.watch import Part, Watch
 from halfbyte.settings import Config
 from halfbyte.tasks.known import prepare
@@ -96,6 +97,7 @@ def run(
     config = config if isinstance(config, Config) else load_config(config)
     watch = watch or Watch()
     autocast_dtype(config)
+    check_installed(config.train.report_to)
     folder, checkpoint = _open_folder(config, overwrite, resume, watch)
 
     with _phase("prepare rows", folder, watch) as part:
@@ -111,7 +113,8 @@ def run(
     before = measured("before") if evaluate else None
     _plan_memory(task, model, folder, watch)
 
-    how = replace(_how(task, model), display=watch.training(config.train.log_steps), resume=checkpoint)
+    display = tracked(watch.training(config.train.log_steps), config, folder.path, watch.note)
+    how = replace(_how(task, model), display=display, resume=checkpoint)
     with folder.phase("train"):
         training = train(model, task.rows.train, config.train, how)
     folder.event("head", **head_route(model)._asdict())
@@ -172,6 +175,7 @@ def rehearse(config: Config, overwrite: bool = False, *, watch: Watch | None = N
     watch = watch or Watch()
     check_free(Path(config.output_dir), overwrite)
     autocast_dtype(config)
+    check_installed(config.train.report_to)
     open_model_folder(config.model)
     with watch.part("prepare rows") as part:
         task = prepare(config)

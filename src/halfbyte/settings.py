@@ -208,6 +208,8 @@ class TrainConfig(_Section):
     """GB that layers may hold for the backward pass, or else compute again; null: most of what is free."""
     log_steps: int = Field(10, ge=1)
     """Steps between printed lines; metrics.jsonl has every step."""
+    report_to: list[Literal["tensorboard", "mlflow", "wandb"]] = []
+    """Exporters that are told every step; each is a package of its own, and set up by its own variables."""
     save_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints; null: only on interruption."""
     save_total_limit: int | None = Field(None, ge=1)
