@@ -12,6 +12,14 @@ from halfbyte.data.faults import Fault, Reading
 from halfbyte.data.row import Message, Row
 from halfbyte.errors import DataError
 
+CALLED = (
+    Message("user", "a"),
+    Message("assistant", "", ({"function": {"name": "f", "arguments": {}}},)),
+    Message("tool", "b"),
+    Message("tool", "c"),
+    Message("assistant", "d"),
+)
+
 
 def text(content: str, line: int = 1) -> Row:
     return Row(None, content, "rows.jsonl", line, "text")
@@ -31,12 +39,16 @@ def test_all_rows_nothing_can_be_learnt_from_are_named(chat: Callable[..., Row])
         chat("a", "b", "c", line=5),
         text("\n", 6),
         Row((Message("system", "a"),), None, "rows.jsonl", 7),
+        Row((Message("user", "a"), Message("tool", "b"), Message("assistant", "c")), None, "rows.jsonl", 8),
+        Row((*CALLED[:2], Message("user", "b"), *CALLED[2:]), None, "rows.jsonl", 9),
+        Row(CALLED[:-1], None, "rows.jsonl", 10),
+        Row(CALLED, None, "rows.jsonl", 11),
     ]
     with pytest.raises(DataError) as caught:
         check_rows(rows)
     said = str(caught.value)
     assert caught.value.code == "HB204"
-    assert "6 of 7 rows" in said
+    assert "9 of 11 rows" in said
     for reason in (
         "rows.jsonl:2: the answer is blank (message 2)",
         "rows.jsonl:3: the answer is blank (message 2)",
@@ -44,6 +56,9 @@ def test_all_rows_nothing_can_be_learnt_from_are_named(chat: Callable[..., Row])
         "rows.jsonl:5: the last message is from the user",
         "rows.jsonl:6: the text is blank",
         "rows.jsonl:7: no message is from the assistant",
+        "rows.jsonl:8: no call of a tool precedes what one returns (message 2)",
+        "rows.jsonl:9: no call of a tool precedes what one returns (message 4)",
+        "rows.jsonl:10: the last message is from the tool, expected the assistant's answer",
     ):
         assert reason in said
 

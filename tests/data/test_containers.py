@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from halfbyte.data import json_rows, lines
+from halfbyte.data import json_rows, lines, parquet_rows
 from halfbyte.data.containers import CONTAINERS, row_files
 from halfbyte.data.faults import BadFileError, BadRowError, Reading
 from halfbyte.data.read import read_rows
@@ -343,6 +343,74 @@ def test_damaged_parquet_is_named_and_never_skipped(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}.parquet:1: not Parquet, or damaged: ") as caught:
             read_rows(file, reading=Reading(allowed=10))
         assert caught.value.code == "HB202"
+
+
+def test_a_cell_beyond_the_limit_is_refused_by_its_row_and_the_next_one_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "MAX_ROW_BYTES", 1000)
+    texts = ["a" * 900, "b" * 1100, "c"]
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text[:1]}] for text in texts
+    ]
+    for table in (
+        pa.table({"text": texts}),
+        pa.table({"messages": turns}),
+        pa.table({"text": pa.array(texts * 9).dictionary_encode()}),
+    ):
+        got = found(parquet(tmp_path, table))
+        assert [at for at, value in got if isinstance(value, str)] == list(range(2, len(table) + 1, 3))
+        assert all(value.startswith("longer than") for _, value in got if isinstance(value, str))
+
+
+def test_large_rows_of_parquet_are_held_a_few_at_a_time(tmp_path: Path) -> None:
+    texts = [f"{n}" * 2**20 for n in range(10)] * 10
+    file = parquet(
+        tmp_path,
+        pa.table({"text": texts}),
+        row_group_size=100,
+        write_batch_size=1,
+        use_dictionary=False,
+        compression="NONE",
+    )
+    before, most = pa.total_allocated_bytes(), 0
+    for _, row in CONTAINERS[".parquet"](file):
+        assert isinstance(row, dict)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert file.stat().st_size > 100 * 2**20
+    assert most < 4 * parquet_rows.BYTES_AT_ONCE, most  # buffers double as they grow, and two batches meet
+
+
+def test_nul_and_half_characters_in_parquet_are_named_by_row(tmp_path: Path) -> None:
+    said = fault(parquet(tmp_path, pa.table({"text": ["a", "b\0", "c"]})))
+    assert "1 bad line(s)\n" in said
+    assert "a.parquet:2: column 'text': NUL character at 2" in said
+
+
+def test_tools_whose_nulls_may_be_missing_keys_are_refused_in_parquet_and_fine_as_text(
+    tmp_path: Path,
+) -> None:
+    """Structs of a column have the keys of all: a call for a city would be trained with a zip code of null."""
+
+    def row(arguments: object, tools: object) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        turns = [
+            {"role": "user", "content": "Dry?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        return {"messages": turns, "tools": tools}
+
+    city, zipped = {"city": "Ulm"}, {"zip": "89073", "city": None}
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "weather"}}
+    told = {"type": "function", "function": {"name": "weather", "description": "d"}}
+    for arguments, tools in (((city, zipped), ([tool], [tool])), ((city, city), ([tool], [told]))):
+        rows = [row(a, t) for a, t in zip(arguments, tools, strict=True)]
+        said = fault(parquet(tmp_path, pa.Table.from_pylist(rows)))
+        assert "a.parquet:1: tools or arguments hold null" in said
+        as_text = [row(json.dumps(a), json.dumps(t)) for a, t in zip(arguments, tools, strict=True)]
+        as_json = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+        read = read_rows(parquet(tmp_path, pa.Table.from_pylist(as_text)))
+        assert [r.id for r in read] == [r.id for r in read_rows(as_json)]
 
 
 def test_text_that_is_not_utf8_in_parquet_is_one_bad_row(tmp_path: Path) -> None:

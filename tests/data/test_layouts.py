@@ -60,7 +60,7 @@ def test_a_system_column_begins_the_conversation_and_may_not_be_there_twice() ->
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        ({"from": "function_call", "value": "{}"}, "turn 1: unknown role 'function_call', expected system"),
+        ({"from": "narrator", "value": "{}"}, "turn 1: unknown role 'narrator', expected system"),
         ({"from": "human", "value": "a", "weight": 0}, "got keys 'from', 'value', 'weight', expected from"),
         ({"from": "human", "value": ["a"]}, "'value': got an array, expected text"),
         ({"from": "human"}, "got keys 'from', expected from and value alone"),
@@ -93,12 +93,128 @@ def test_a_prompt_and_its_completion_may_be_messages() -> None:
     assert taken({"prompt": "a", "completion": "b"}).style == "completion"
 
 
-@pytest.mark.parametrize("column", ["tools", "images", "videos", "audios", "history", "system"])
+@pytest.mark.parametrize("column", ["functions", "images", "videos", "audios", "history", "system"])
 def test_columns_that_would_be_lost_are_refused_unless_they_are_empty(column: str) -> None:
     row = {"messages": keyed(turns("a", "b"))}
     assert f"column '{column}' is not supported and would be lost" in fault(row | {column: "x"})
     for empty in (None, "", [], "[]"):
         assert taken(row | {column: empty}).messages == turns("a", "b")
+
+
+# Tools
+
+FUNCTION = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOL = {"type": "function", "function": FUNCTION}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm", "zip": None}}}
+CALLED = (
+    Message("user", "Is it dry?"),
+    Message("assistant", "", (CALL,)),
+    Message("tool", "rain"),
+    Message("assistant", "No."),
+)
+
+
+def called(call: object, **more: Any) -> list[dict[str, Any]]:
+    """`CALLED` as messages, with the call as it is given."""
+    turns = [{"role": m.role, "content": m.content} for m in CALLED]
+    turns[1] = {"role": "assistant", "content": None, "tool_calls": [call], **more}
+    return turns
+
+
+@pytest.mark.parametrize("tools", [[TOOL], [FUNCTION], json.dumps([TOOL]), json.dumps([FUNCTION])])
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        CALL["function"],
+        {"function": {"name": "weather", "arguments": '{"city": "Ulm", "zip": null}'}},
+    ],
+)
+def test_tools_and_calls_are_one_whether_bare_or_wrapped_text_or_object(tools: object, call: object) -> None:
+    row = taken({"messages": called(call), "tools": tools})
+    assert (row.messages, row.tools) == (CALLED, (TOOL,))
+    assert taken({"messages": called(call), "tools": "[]"}).tools == ()
+    assert row.id != taken({"messages": called(call)}).id
+
+
+def test_a_call_keeps_its_id_and_what_a_tool_returns_its_name(tmp_path: Path) -> None:
+    turns = called(CALL | {"id": "abc"}, content="Let me see.")
+    turns[2] |= {"tool_call_id": "abc", "name": "weather"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    [row] = read_rows(file)
+    assert row.messages
+    assert row.messages[1] == Message("assistant", "Let me see.", (CALL | {"id": "abc"},))
+    assert row.messages[2] == Message("tool", "rain", name="weather", tool_call_id="abc")
+    ids = {
+        row.id,
+        *(taken({"messages": changed}).id for changed in (called(CALL), called(CALL | {"id": "x"}))),
+    }
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_sharegpt_calls_functions_and_observes(many: bool) -> None:
+    talk = keyed((CALLED[0],), sharegpt=True)
+    value = json.dumps([CALL["function"]] * 2 if many else CALL["function"])
+    talk += [{"from": "function_call", "value": value}, {"from": "observation", "value": "rain"}]
+    row = taken({"conversations": [*talk, {"from": "gpt", "value": "No."}], "tools": json.dumps([FUNCTION])})
+    asked = Message("assistant", "", (CALL, CALL) if many else (CALL,))
+    assert (row.messages, row.tools) == ((CALLED[0], asked, *CALLED[2:]), (TOOL,))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"tools": "x"}, "column 'tools': not JSON: Expecting value at column 1"),
+        ({"tools": '{"name": "f"}'}, "column 'tools': got an object, expected an array of tools"),
+        ({"tools": '[{"name": "f", "name": "g"}]'}, "key 'name' is given twice in one object"),
+        ({"tools": [FUNCTION, 3]}, "column 'tools': tool 2: got a number, expected an object"),
+        ({"tools": [{"description": "d"}]}, "tool 1: 'name': got null, expected the function's name"),
+        ({"tools": [{"name": " "}]}, "tool 1: 'name': got blank text, expected the function's name"),
+        (
+            {"tools": [{"type": "code_interpreter"}]},
+            "tool 1: got the type 'code_interpreter', expected 'function'",
+        ),
+        (
+            {"tools": [{"type": "function", "function": "f"}]},
+            "tool 1: 'function': got text, expected an object",
+        ),
+        ({"tools": [{"name": "f", "description": "a\0"}]}, "tool 1: NUL character at 2"),
+        ({"messages": called("f()")}, "message 2: call 1: got text, expected an object"),
+        (
+            {"messages": called({"name": "f"})},
+            "message 2: call 1: got keys 'name', expected name and arguments",
+        ),
+        (
+            {"messages": called({"name": "f", "arguments": "x"})},
+            "call 1: arguments: not JSON: Expecting value",
+        ),
+        (
+            {"messages": called({"name": "f", "arguments": [1]})},
+            "call 1: arguments: got an array, expected an",
+        ),
+        ({"messages": called(CALL | {"index": 0})}, "message 2: call 1: got keys 'index', expected id, type"),
+        (
+            {"messages": called(CALL, weight=0)},
+            "got keys 'role', 'content', 'tool_calls', 'weight', expected role",
+        ),
+        (
+            {"messages": called({"name": "f", "arguments": {"a": "\ud800"}})},
+            "half a surrogate pair at character 1",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]},
+            "message 1: got keys 'role', 'content', 'tool_calls', expected role and content alone",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": "weather()"}]},
+            "'conversations' turn 1: not JSON: Expecting value at column 1",
+        ),
+    ],
+)
+def test_tools_that_are_none_are_named_with_their_reason(row: dict[str, Any], reason: str) -> None:
+    assert reason in fault(row if "conversations" in row else {"messages": called(CALL)} | row)
 
 
 # Preference pairs

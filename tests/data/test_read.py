@@ -112,7 +112,11 @@ def test_line_ends_of_other_systems_a_bom_and_line_separators_in_text_are_fine(t
         (b'{"prompt": "a", "completion": null}', "column 'completion': got null, expected text"),
         (b'{"prompt": "a"}', "column 'completion' missing"),
         (b'{"text": "a"}', "column 'prompt', 'completion' missing for a prompt_completion row"),
-        (b'{"prompt": "a", "completion": "b", "tools": [1]}', "column 'tools' is not supported"),
+        (b'{"prompt": "a", "completion": "b", "tools": [1]}', "column 'tools': tool 1: got a number"),
+        (
+            b'{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}',
+            "column 'tools': there is no conversation in which they could be called",
+        ),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"prompt": "a", "completion": "b", "n": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
     ],
@@ -134,7 +138,7 @@ def test_a_bad_line_is_named_with_its_reason(tmp_path: Path, line: bytes, reason
         ('[{"role": "user", "content": null}]', "message 1: 'content': got null, expected text"),
         (
             '[{"role": "usr", "content": "a"}]',
-            "unknown role 'usr', expected system, user, assistant; did you mean 'user'",
+            "unknown role 'usr', expected system, user, assistant, tool; did you mean 'user'",
         ),
         ('[{"role": "gpt", "content": "a"}]', "did you mean 'assistant'"),
         ('[{"role": "xyz", "content": "a"}]', "unknown role 'xyz'"),

@@ -21,6 +21,7 @@ READ: list[tuple[str, str, Objective, int]] = [
     ("oasst/guanaco-llama2-1k.parquet", "text", "sft", 1000),
     ("oasst/oa_questions.jsonl", "text", "sft", 953),
     ("sharegpt/fastchat_dummy_conversation.json", "sharegpt", "sft", 500),
+    ("sharegpt/glaive_toolcall_en_demo.json", "sharegpt", "sft", 300),
     ("preference/dpo_en_demo.json", "preference", "preference", 300),
     ("preference/kto_en_demo.json", "kto", "kto", 300),
     ("sst2/train.tsv", "classification", "classification", 60_615 - 1),
@@ -35,7 +36,6 @@ READ: list[tuple[str, str, Objective, int]] = [
 ]
 REFUSED: list[tuple[str, int, str]] = [
     ("alpaca/dataset_info.json", 1, ":1: expected a JSON array of objects"),
-    ("sharegpt/glaive_toolcall_en_demo.json", 191, ":2: column 'tools' is not supported and would be lost"),
     ("sharegpt/v1_sft_demo.jsonl", 500, ":1: message 1: got keys 'role', 'content', 'loss_weight', expected"),
     ("self_instruct/seed_tasks.jsonl", 175, ":1: columns 'id', 'name', 'instruction', 'instances', 'is_clas"),
     ("self_instruct/alpaca_seed_tasks.jsonl", 175, ":175: columns"),

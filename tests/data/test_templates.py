@@ -295,6 +295,56 @@ def test_calls_of_tools_are_learnt_and_what_they_return_is_not(tokenizer_of: Cal
     assert learnt(one(asks, tokenizer), tokenizer) == learnt(example, tokenizer)[:1]
 
 
+def calls(*arguments: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    return tuple({"type": "function", "function": {"name": "weather", "arguments": a}} for a in arguments)
+
+
+TOOL_TALKS: dict[str, tuple[Message, ...]] = {
+    "words and a call": TOOL_TURNS,
+    "a call at the end": TOOL_TURNS[:3],
+    "no words, no system message": (TOOL_TURNS[1], Message("assistant", "", (CALL,)), *TOOL_TURNS[3:]),
+    "two calls, two results": (
+        TOOL_TURNS[1],
+        Message("assistant", "", calls({"city": "Zürich", "days": [1, 2.5, None]}, {})),
+        Message("tool", "rain", name="weather", tool_call_id="a"),
+        Message("tool", '{"sky": "\n"}'),
+        Message("assistant", "Wet."),
+        Message("user", "And now?"),
+        Message("assistant", "Wait.", calls({"city": "<b>"})),
+        Message("tool", ""),
+        Message("assistant", "Dry."),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "tools", [(WEATHER,), (WEATHER, {"type": "function", "function": {"name": "é"}}), ()]
+)
+@pytest.mark.parametrize("talk", TOOL_TALKS)
+def test_tools_are_written_and_learnt_as_transformers_writes_them(
+    tokenizer_of: Callable[..., Any], talk: str, tools: tuple[dict[str, Any], ...]
+) -> None:
+    """By name and by the own template, held against `apply_chat_template` and its `{% generation %}` mask."""
+    row = Row(TOOL_TALKS[talk], None, "rows.jsonl", 1, tools=tools)
+    tokenizer, marked = tokenizer_of("qwen2"), tokenizer_of("qwen2", "qwen2_tools_marked")
+    assert row.messages
+    plain = [{"role": m.role, "content": m.content, **m.tool_facts} for m in row.messages]
+    expected = marked.apply_chat_template(
+        plain, tools=list(tools) or None, return_dict=True, return_assistant_tokens_mask=True
+    )
+    own, named = one(row, tokenizer), one(row, tokenizer, "qwen2")
+    for found in (own, named):
+        length = len(found.input_ids)  # the template goes on with the line break behind the last stop token
+        assert found.input_ids.tolist() == expected["input_ids"][:length]
+        assert tokenizer.decode(expected["input_ids"][length:]).strip() == ""
+        assert found.trained.tolist() == [bool(t) for t in expected["assistant_masks"][:length]]
+    assert (own.answer, own.aligned) == (named.answer, named.aligned)
+    before = plain[:-1]
+    asked = tokenizer.apply_chat_template(before, tools=list(tools) or None, add_generation_prompt=True)
+    assert named.prompt_ids is not None
+    assert named.prompt_ids.tolist() == (asked if isinstance(asked, list) else asked["input_ids"])
+
+
 def test_of_several_templates_the_one_for_tools_is_taken(tokenizer_of: Callable[..., Any]) -> None:
     tokenizer, plain = tokenizer_of("qwen2"), tokenizer_of("chatml")
     both = {"default": plain.chat_template, "tool_use": tokenizer.chat_template}
@@ -308,7 +358,7 @@ def test_of_several_templates_the_one_for_tools_is_taken(tokenizer_of: Callable[
 
 def test_tools_that_would_be_lost_are_refused(tokenizer_of: Callable[..., Any]) -> None:
     for template, code, said in (
-        ("chatml", "HB225", "the row has tools, for which the chat format chatml has no place"),
+        ("chatml", "HB225", "the row has tools, for which the chat format has no place"),
         ("tokenizer", "HB206", "does not write message 3 and its tool calls as they are"),
     ):
         with pytest.raises(DataError, match=said) as caught:

@@ -136,6 +136,11 @@ def _unanswered(turns: Turns) -> str:
         return f"the answer is blank (message {', '.join(map(str, blank))})"
     if all(m.role != "assistant" for m in turns):
         return "no message is from the assistant"
+    calls = False
+    for n, m in enumerate(turns, start=1):
+        if m.role == "tool" and not calls:
+            return f"no call of a tool precedes what one returns (message {n})"
+        calls = bool(m.tool_calls) or (m.role == "tool" and calls)
     if turns[-1].role != "assistant":
         return f"the last message is from the {turns[-1].role}, expected the assistant's answer"
     return ""

@@ -45,6 +45,18 @@ def _parse(line: bytes | BadRowError) -> object:
         raise BadRowError(_reason(error) + cut) from None
 
 
+def parse_json(text: str) -> object:
+    """A text that is one JSON value.
+
+    Raises:
+        BadRowError: What is not JSON in it.
+    """
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(_reason(error)) from None
+
+
 def json_rows(file: Path) -> Iterator[Found]:
     """The elements of the file's array; reading ends at the first place that is not JSON."""
     with file.open("rb") as stream:

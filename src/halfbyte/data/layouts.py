@@ -9,12 +9,13 @@ preference and unpaired preference types of TRL's dataset formats; the columns o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from halfbyte.data.faults import BadRowError
 from halfbyte.data.row import Message, Row, Turns
+from halfbyte.data.tool_calls import tools_in
 from halfbyte.data.turns import (
     Json,
     class_of,
@@ -22,11 +23,11 @@ from halfbyte.data.turns import (
     history_of,
     messages_of,
     optional_text,
-    quoted,
     text_of,
     truth_of,
     turns_or_text,
 )
+from halfbyte.data.values import quoted
 from halfbyte.settings import DataFormat
 
 # Columns that change what a row means. Where a format does not read them they are refused rather than ignored;
@@ -66,7 +67,11 @@ class Layout:
         """
         if odd := [c for c in MEANINGFUL if c not in self.reads and found.get(c) not in EMPTY]:
             raise BadRowError(f"column {quoted(odd)} is not supported and would be lost")
-        return self.parse(found, place)
+        row = self.parse(found, place)
+        tools = tools_in(found.get("tools"), "column 'tools':") if "tools" in self.reads else ()
+        if tools and row.style != "chat":
+            raise BadRowError("column 'tools': there is no conversation in which they could be called")
+        return replace(row, tools=tools) if tools else row
 
 
 @lru_cache(maxsize=256)
@@ -224,21 +229,22 @@ def _continued(prompt: Turns, answer: Turns | str, column: str) -> Turns:
     return prompt + answer
 
 
-_CHAT = ("system",)
+_TOOLS = ("tools",)
+_CHAT = ("system", "tools")
 _ALPACA = ("input", "system", "history")
 
 LAYOUTS: tuple[Layout, ...] = (
-    Layout("messages", ("messages",), _messages),
+    Layout("messages", ("messages",), _messages, _TOOLS),
     Layout("sharegpt", ("conversations",), _sharegpt, _CHAT),
-    Layout("prompt_completion", ("prompt", "completion"), _prompt_completion),
+    Layout("prompt_completion", ("prompt", "completion"), _prompt_completion, _TOOLS),
     Layout("text", ("text",), _text),
     Layout("alpaca", ("instruction", "output"), _alpaca, _ALPACA),
-    Layout("preference", ("prompt", "chosen", "rejected"), _preference),
-    Layout("preference", ("chosen", "rejected"), _preference),
+    Layout("preference", ("prompt", "chosen", "rejected"), _preference, _TOOLS),
+    Layout("preference", ("chosen", "rejected"), _preference, _TOOLS),
     Layout("preference", ("conversations", "chosen", "rejected"), _preference, _CHAT),
     Layout("preference", ("instruction", "chosen", "rejected"), _preference, _ALPACA),
-    Layout("kto", ("prompt", "completion", "label"), _kto),
-    Layout("kto", ("messages", "label"), _kto),
+    Layout("kto", ("prompt", "completion", "label"), _kto, _TOOLS),
+    Layout("kto", ("messages", "label"), _kto, _TOOLS),
     Layout("kto", ("conversations", "label"), _kto, _CHAT),
     Layout("kto", ("instruction", "output", "label"), _kto, _ALPACA),
     Layout("classification", ("text", "label"), _classified("text")),

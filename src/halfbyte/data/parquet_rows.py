@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.data import lines
 from halfbyte.data.faults import BadFileError, BadRowError
 from halfbyte.data.lines import Found
 from halfbyte.errors import DataError
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
+READ_BYTES = 2**20  # at once; otherwise a whole column of a row group is
 ROWS_AT_ONCE = 1000
+BYTES_AT_ONCE = 16 * 2**20
+"""Of rows of average size. More may be held only where a file's pages are larger, which are decoded whole."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +63,37 @@ def parquet_rows(file: Path) -> Iterator[Found]:
     arrow = require_pyarrow(file)
     number = 0
     try:
-        with arrow.parquet.ParquetFile(file) as opened:
+        with arrow.parquet.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as opened:
             schema = opened.schema_arrow
             taken = [f.name for f in schema if _is_taken(f.type, arrow)]
             untaken = {f.name: UntakenValue(str(f.type)) for f in schema if not _is_taken(f.type, arrow)}
             if len(set(schema.names)) != len(schema.names):
                 raise BadFileError("a column is named twice")
-            for batch in opened.iter_batches(ROWS_AT_ONCE, columns=taken):
+            for batch in opened.iter_batches(_rows_at_once(opened.metadata), columns=taken):
+                suspect = batch.nbytes > lines.MAX_ROW_BYTES
                 for at in range(batch.num_rows):
                     number += 1
-                    yield number, _row(batch, at, untaken)
+                    long = suspect and _row_bytes(batch, at, arrow) > lines.MAX_ROW_BYTES
+                    yield number, lines.too_long() if long else _row(batch, at, untaken)
     except (arrow.ArrowException, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         yield number + 1, BadFileError(f"not Parquet, or damaged: {first}")
     except BadFileError as bad:
         yield number + 1, bad
+
+
+def _rows_at_once(metadata: pq.FileMetaData) -> int:
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    mean = max((group.total_byte_size // group.num_rows for group in groups if group.num_rows), default=0)
+    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(mean, 1)))
+
+
+def _row_bytes(batch: pa.RecordBatch, at: int, arrow: ModuleType) -> int:
+    """Bytes of a row's own values; a dictionary that rows share is not one row's."""
+    cells = [column.slice(at, 1) for column in batch.columns]
+    return sum(
+        (cell.dictionary_decode() if arrow.types.is_dictionary(cell.type) else cell).nbytes for cell in cells
+    )
 
 
 def _row(batch: pa.RecordBatch, at: int, untaken: dict[str, UntakenValue]) -> object:

@@ -13,7 +13,8 @@ from halfbyte.data.containers import CONTAINERS, TABLES, row_files
 from halfbyte.data.faults import BadFileError, BadRowError, Fault, Reading
 from halfbyte.data.layouts import Layout, Place, layout_of
 from halfbyte.data.row import Row
-from halfbyte.data.turns import kind
+from halfbyte.data.tool_calls import may_lack_keys
+from halfbyte.data.values import kind
 from halfbyte.errors import DataError
 from halfbyte.settings import DataFormat
 
@@ -96,6 +97,9 @@ class _FileReader:
     def _row(self, found: object, line: int) -> Row:
         if not isinstance(found, dict):
             raise BadRowError(f"got {kind(found)}, expected an object")
+        if self._file.suffix == ".parquet" and may_lack_keys(found):
+            what = "tools or arguments hold null, which in Parquet may stand for a key that was never given"
+            raise BadRowError(f"{what}; write them as JSON text")
         columns = tuple(found)
         if self.format == "auto":
             self.format = self._first_layout(columns).format

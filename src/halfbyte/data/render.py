@@ -177,7 +177,7 @@ class Renderer:
     def _refuse_control_tokens(self, row: Row) -> None:
         words = {"the row's list of tools": json.dumps(row.tools, ensure_ascii=False)}
         for number, message in enumerate(row.messages or (), start=1):
-            words[f"message {number}"] = message.content + json.dumps(message.tool_calls, ensure_ascii=False)
+            words[f"message {number}"] = message.content + json.dumps(message.tool_facts, ensure_ascii=False)
         for place, text in words.items():
             if found := self._control.search(text):
                 what = f"{place} holds {found[0]!r}, which the tokenizer reads as a control token"
@@ -187,10 +187,7 @@ class Renderer:
         if self._own is None:
             endings = Endings(self._endings.tokens, self._turn_stop)
             return self._answers_of_jinja(messages, endings, tools)
-        if tools or any(message.tool_calls for message in messages):
-            what = f"the row has tools, for which the chat format {self.template} has no place"
-            raise DataError("HB225", what, fix="use a model whose own chat template writes tools")
-        text, spans = self._own.write(messages)
+        text, spans = self._own.write(messages, tools)
         stops = (self._own.stop,) * len(spans)
         return Answers(text[: spans[-1][1]], tuple(spans), stops, spans[-1][0])
 
@@ -215,10 +212,7 @@ class Renderer:
         except ValueError as error:
             what = "the tokenizer has several chat templates and none by default"
             raise DataError("HB206", what, fix="set data.template to a format by name") from error
-        turns: list[Json] = []
-        for message in messages:
-            calls: Json = {"tool_calls": list(message.tool_calls)} if message.tool_calls else {}
-            turns.append({"role": message.role, "content": message.content, **calls})
+        turns: list[Json] = [{"role": m.role, "content": m.content, **m.tool_facts} for m in messages]
         tokens = dict(self.tokenizer.special_tokens_map)
         return Job(text, tokens, turns, list(tools) or None, asks, marks)
 

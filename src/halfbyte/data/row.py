@@ -16,7 +16,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 Style = Literal["chat", "completion", "text"]
 Objective = Literal["sft", "preference", "kto", "classification"]
 
-ROLES: tuple[Role, ...] = tuple(role for role in get_args(Role) if role != "tool")  # files bring no tools
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,21 @@ class Message:
         role: Who speaks.
         content: What is said, verbatim.
         tool_calls: Tools the assistant calls, as JSON objects in the form that chat templates take.
+        name: Which tool returned the content; of a tool's turn.
+        tool_call_id: Which call it was returned to; of a tool's turn.
     """
 
     role: Role
     content: str
     tool_calls: tuple[Json, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def tool_facts(self) -> Json:
+        """All that it says of tools besides its content; nothing where there is none."""
+        found = {"tool_calls": list(self.tool_calls), "name": self.name, "tool_call_id": self.tool_call_id}
+        return {key: value for key, value in found.items() if value not in (None, [])}
 
 
 Turns = tuple[Message, ...]
@@ -96,4 +106,4 @@ class Row:
 
 
 def _plain(turns: Turns) -> list[list[object]]:
-    return [[m.role, m.content, *([m.tool_calls] if m.tool_calls else [])] for m in turns]
+    return [[m.role, m.content, *([m.tool_facts] if m.tool_facts else [])] for m in turns]

@@ -8,14 +8,61 @@ Source: the chat template of the model each entry names, as its maker published 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from halfbyte.data.row import Message
+from halfbyte.data.row import Json, Message
 from halfbyte.errors import DataError
 from halfbyte.settings import TemplateName
 
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+@dataclass(frozen=True)
+class ToolWords:
+    """How a chat format tells of tools, as text inside its plain turns.
+
+    Attributes:
+        listed: Text before and after the tools, each of which has a line of JSON, at the end of the system message.
+        call: Text before a call's name, between it and the arguments, and after these; each has its lines.
+        returned: Text before and after what a tool returned; what several return is one turn of the user's.
+    """
+
+    listed: tuple[str, str]
+    call: tuple[str, str, str]
+    returned: tuple[str, str]
+
+    def spoken(self, messages: Sequence[Message], tools: Sequence[Json]) -> list[Message]:
+        """A conversation that begins with a system message, its tools, calls and results written out as words."""
+        turns: list[Message] = []
+        role_before = ""
+        for message in messages:
+            content = message.content
+            if message.tool_calls:
+                content = "\n".join([*([content] if content else []), *map(self._called, message.tool_calls)])
+            if message.role == "tool":
+                content = content.join(self.returned)
+                if role_before == "tool":
+                    content = f"{turns.pop().content}\n{content}"
+            turns.append(Message("user" if message.role == "tool" else message.role, content))
+            role_before = message.role
+        if tools:
+            before, after = self.listed
+            listed = before + "".join("\n" + _json(tool) for tool in tools) + after
+            turns[0] = replace(turns[0], content=turns[0].content + listed)
+        return turns
+
+    def _called(self, call: Json) -> str:
+        function = call["function"]
+        assert isinstance(function, dict)  # as rows have it
+        before, between, after = self.call
+        return f"{before}{function['name']}{between}{_json(function['arguments'])}{after}"
+
+
+def _json(value: object) -> str:
+    """JSON as transformers' `tojson` filter writes it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -32,6 +79,7 @@ class TurnTemplate:
         trims: Roles whose contents lose the blanks around them.
         default_system: System message of conversations that bring none.
         alternates: User and assistant take turns, and a system message stands inside the first user turn.
+        tools: How it tells of tools; None where it has no place for any. It then has a default system message.
     """
 
     before: Mapping[str, str]
@@ -43,8 +91,11 @@ class TurnTemplate:
     trims: frozenset[str] = field(default_factory=frozenset)
     default_system: str | None = None
     alternates: bool = False
+    tools: ToolWords | None = None
 
-    def write(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def write(
+        self, messages: Sequence[Message], tools: Sequence[Json] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
         """A conversation as text, and the characters of each answer with its stop token.
 
         Raises:
@@ -52,6 +103,11 @@ class TurnTemplate:
         """
         if self.default_system is not None and (not messages or messages[0].role != "system"):
             messages = (Message("system", self.default_system), *messages)
+        if tools or any(message.tool_facts for message in messages):
+            if self.tools is None:
+                what = "the row has tools, for which the chat format has no place"
+                raise DataError("HB225", what, fix="use a model whose own chat template writes tools")
+            messages = self.tools.spoken(messages, tools)
         self._refuse_misplaced(messages)
         text, spans, role_before = self.begin, [], ""
         for message in messages:
@@ -103,11 +159,23 @@ _CHATML = TurnTemplate(
     needs=("<|im_start|>", "<|im_end|>"),
 )
 
+_QWEN_TOOLS = ToolWords(
+    listed=(
+        "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n<tools>",
+        "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+        "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>',
+    ),
+    call=('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
+    returned=("<tool_response>\n", "\n</tool_response>"),
+)
+
 FORMATS: Mapping[TemplateName, TurnTemplate] = {
     # teknium/OpenHermes-2.5-Mistral-7B
     "chatml": _CHATML,
     # Qwen/Qwen2.5-7B-Instruct: chatml with a system message of its own
-    "qwen2": replace(_CHATML, default_system=QWEN_SYSTEM),
+    "qwen2": replace(_CHATML, default_system=QWEN_SYSTEM, tools=_QWEN_TOOLS),
     # meta-llama/Llama-2-7b-chat-hf
     "llama2": TurnTemplate(
         before={"system": "<s>[INST] <<SYS>>\n", "user": "<s>[INST] ", "assistant": ""},

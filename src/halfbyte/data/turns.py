@@ -5,13 +5,13 @@ It owns how one value is judged; it must not know which columns make a row.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from halfbyte.data.faults import BadRowError
-from halfbyte.data.parquet_rows import UntakenValue
 from halfbyte.data.row import ROLES, Message, Role, Turns
+from halfbyte.data.tool_calls import calls_in
+from halfbyte.data.values import kind, quoted, refuse_odd_characters
 from halfbyte.errors import nearest_name
 
 Json = Mapping[str, object]
@@ -23,28 +23,18 @@ ROLES_ELSEWHERE: dict[str, Role] = {
     "bot": "assistant",
     "model": "assistant",
     "ai": "assistant",
+    "observation": "tool",
 }
 """What ShareGPT and its kin call the roles."""
 
-LONGEST_NAME = 40  # of a table without a heading, whole texts stand where names belong
+CALLER = "function_call"
+"""Whose turn ShareGPT says it is where the assistant's words are calls of tools, as JSON text."""
+
+OF_ROLE: Mapping[str, tuple[str, ...]] = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+"""What a turn of some role may hold besides its content."""
 
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 """A whole number as it is written without padding."""
-
-
-def kind(value: object) -> str:
-    """A value's type in words."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, UntakenValue):
-        return f"Parquet's {value.type}"
-    names = {str: "text", int: "a number", float: "a number", list: "an array", dict: "an object"}
-    return names[type(value)]
-
-
-def quoted(names: Iterable[str]) -> str:
-    """Names in quotes, parted by commas, each no longer than a name is."""
-    return ", ".join(repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…") for name in names)
 
 
 def text_of(row: Json, column: str, place: str = "column") -> str:
@@ -52,14 +42,7 @@ def text_of(row: Json, column: str, place: str = "column") -> str:
     value = row[column]
     if not isinstance(value, str):
         raise BadRowError(f"{place} {column!r}: got {kind(value)}, expected text")
-    if "\0" in value:
-        raise BadRowError(f"{place} {column!r}: NUL character at {value.index(chr(0)) + 1}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRowError(
-            f"{place} {column!r}: half a surrogate pair at character {error.start + 1}"
-        ) from None
+    refuse_odd_characters(value, f"{place} {column!r}")
     return value
 
 
@@ -106,19 +89,32 @@ def _turn(turn: object, place: str, *, sharegpt: bool) -> Message:
     if not isinstance(turn, dict):
         raise BadRowError(f"{place} got {kind(turn)}, expected an object with role and content")
     # Parquet gives every turn the keys of all; where a turn lacks one, its value is null.
-    keys = {key for key, value in turn.items() if value is not None or key in ("role", "content")}
-    speaker, words = ("from", "value") if sharegpt and "role" not in keys else ("role", "content")
-    if keys != {speaker, words}:
+    given = {key: value for key, value in turn.items() if value is not None or key in ("role", "content")}
+    speaker, words = ("from", "value") if sharegpt and "role" not in given else ("role", "content")
+    if sharegpt and given.get(speaker) == CALLER and set(given) == {speaker, words}:
+        return Message("assistant", "", calls_in(text_of(given, words, place), place))
+    role = _role_of(given, speaker, place, sharegpt=sharegpt) if speaker in given else None
+    calls = calls_in(given["tool_calls"], place) if role == "assistant" and given.get("tool_calls") else ()
+    needed = {speaker} if calls else {speaker, words}
+    if role is None or not needed <= set(given) <= {speaker, words, *OF_ROLE.get(role, ())}:
         raise BadRowError(f"{place} got keys {quoted(turn) or 'none'}, expected {speaker} and {words} alone")
-    role = text_of(turn, speaker, place)
-    known = ROLES_ELSEWHERE.get(role.lower())
+    content = "" if calls and given.get(words) is None else text_of(given, words, place)
+    name, call_id = (text_of(given, key, place) if key in given else None for key in ("name", "tool_call_id"))
+    return Message(role, content, calls, name, call_id)
+
+
+def _role_of(turn: Json, speaker: str, place: str, *, sharegpt: bool) -> Role:
+    """Who speaks in a turn, by our name."""
+    given = text_of(turn, speaker, place)
+    known = ROLES_ELSEWHERE.get(given.lower())
     if sharegpt and known:
-        role = known
-    if role not in ROLES:
-        near = known or nearest_name(role.lower(), ROLES)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise BadRowError(f"{place} unknown role {role!r}, expected {', '.join(ROLES)}{hint}")
-    return Message(role, text_of(turn, words, place))
+        return known
+    for role in ROLES:
+        if given == role:
+            return role
+    near = known or nearest_name(given.lower(), ROLES)
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise BadRowError(f"{place} unknown role {given!r}, expected {', '.join(ROLES)}{hint}")
 
 
 def history_of(row: Json, column: str) -> Turns:
