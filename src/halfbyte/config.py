@@ -122,7 +122,7 @@ def _absolute_paths(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]
     if "model" in changed:
         changed["model"] = absolute(changed["model"])
     if isinstance(data := changed.get("data"), Mapping):
-        changed["data"] = {k: absolute(v) if k in ("train", "eval") else v for k, v in data.items()}
+        changed["data"] = {k: absolute(v) if k in ("train", "eval", "cache") else v for k, v in data.items()}
     return changed
 
 

@@ -45,6 +45,8 @@ CODES: dict[str, str] = {
     "HB215": "Package for this kind of file is missing",
     "HB216": "Rows are for another objective",
     "HB217": "File has two weights",
+    "HB218": "Tokenised rows cannot be kept",
+    "HB219": "Tokenised rows are damaged",
     "HB220": "Beginning of text is doubled",
     "HB221": "Too many rows are cut",
     "HB222": "Chat template does not end",
@@ -52,6 +54,7 @@ CODES: dict[str, str] = {
     "HB224": "Chat template marks something else than the answers",
     "HB225": "Chat format has no place for a turn",
     "HB226": "Vocabulary lacks the chat format's tokens",
+    "HB227": "Rows changed while they were read",
     "HB301": "Model folder cannot be read",
     "HB302": "Model folder asks for its own code to be run",
     "HB303": "Weights are not safetensors",
@@ -118,14 +121,16 @@ def nearest_name(name: str, choices: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def listed(faults: Sequence[str], shown: int = FAULTS_SHOWN) -> str:
+def listed(faults: Sequence[str], shown: int = FAULTS_SHOWN, count: int | None = None) -> str:
     """Faults as indented lines, for an error that reports them all: the first ones, and how many more.
 
     Args:
         faults: One line each.
         shown: How many are spelled out.
+        count: How many there are in all, where only the first ones are given.
     """
-    more = [f"... and {len(faults) - shown} more"] if len(faults) > shown else []
+    count = len(faults) if count is None else count
+    more = [f"... and {count - shown} more"] if count > shown else []
     return "".join(f"\n  - {line}" for line in [*faults[:shown], *more])
 
 

@@ -101,7 +101,7 @@ def run(
     folder, checkpoint = _open_folder(config, overwrite, resume, watch)
 
     with _phase("prepare rows", folder, watch) as part:
-        task = prepare(config)
+        task = prepare(config, progress=part.progress)
         part.say(task.described())
     _note_oddities(task, folder, watch)
     with _phase("load model", folder, watch) as part:
@@ -209,7 +209,7 @@ def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None
     """
     watch = watch or Watch()
     with watch.part("prepare rows") as part:
-        task = prepare(config, held_out_only=True)
+        task = prepare(config, held_out_only=True, progress=part.progress)
         part.say(task.described())
     if skipped := task.rows.reading.skipped:
         watch.note(f"{len(skipped):,} bad rows skipped" + listed(list(map(str, skipped))))

@@ -120,6 +120,8 @@ class DataConfig(_Section):
     template: TemplateName = "auto"
     """Chat format: auto takes the tokenizer's own, else chatml where its tokens exist, else plain; qwen2 is chatml
     with Qwen2.5's system message where a row brings none."""
+    cache: bool | str = True
+    """Keep tokenised rows for later runs: true where doctor says, false not at all, or in the folder named."""
 
     @field_validator("weights")
     @classmethod

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.render import Rendered, Renderer, render_rows
+from halfbyte.data.render import Rendered, Renderer
 from halfbyte.data.row import Message, Row
+from halfbyte.data.tokenise import tokenise_rows
 from halfbyte.errors import DataError
 
 Make = Callable[..., Row]
@@ -206,12 +207,12 @@ def test_all_rows_a_template_fails_on_are_named(templated: Templated, chat: Make
     renderer = Renderer(templated("llama2-tokenizer", "llama2"))
     rows = [chat("a", "b", line=1), chat("a", "b", system="s", line=2), chat("a</s>", "b", line=3)]
     with pytest.raises(DataError) as caught:
-        render_rows(rows, renderer)
+        tokenise_rows(rows, renderer, 1000)
     said = str(caught.value)
     assert "2 of 3 rows" in said
     assert "rows.jsonl:2: the chat template fails: TemplateError: only user and assistant here" in said
     assert "rows.jsonl:3: message 1 holds '</s>'" in said
-    assert [r.id for r in render_rows(rows[:1], renderer)] == [rows[0].id]
+    assert [e.id for e in tokenise_rows(rows[:1], renderer, 1000).examples] == [rows[0].id]
 
 
 def test_a_format_the_tokenizer_cannot_write_is_refused(tokenizers: Tokenizers, templated: Templated) -> None:

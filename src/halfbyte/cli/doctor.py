@@ -44,7 +44,16 @@ def examine() -> dict[str, Any]:
         "instruction_sets": dict(module.instruction_sets()) if module is not None else {},
         "fused_layers": [name.rpartition(".")[2] for name in FAMILIES],
         "kernels": [choice._asdict() for choice in backends.describe()],
+        "cache": _cache(),
     }
+
+
+def _cache() -> dict[str, Any]:
+    """Where tokenised rows are kept, and how much of them."""
+    from halfbyte.data.cache import cache_folder, kept_in
+
+    kept = kept_in(cache_folder())
+    return {"folder": str(cache_folder()), "kept": len(kept), "bytes": sum(each.nbytes for each in kept)}
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -62,6 +71,8 @@ def _print(facts: dict[str, Any]) -> None:
         or "no native kernels",
         "fused layers": f"{', '.join(facts['fused_layers'])}; other types run as they are",
     }
+    cache = facts["cache"]
+    lines["tokenised rows"] = f"{cache['kept']} kept in {cache['folder']}, {size(cache['bytes'])}"
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(style="bold")
     table.add_column()

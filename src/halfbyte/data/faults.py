@@ -6,10 +6,11 @@ It owns how a fault is named and counted; it must not know what a row looks like
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Generic, TypeVar
 
-from halfbyte.errors import listed
+from halfbyte.errors import FAULTS_SHOWN, listed
 from halfbyte.settings import DataFormat
 
 
@@ -39,6 +40,38 @@ class Fault:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
+F = TypeVar("F")
+
+
+class Faults(Generic[F]):
+    """Faults of one kind: counted all, held only as far as they are told, so that any number of them fits.
+
+    Args:
+        allowed: How many are held besides those that an error spells out.
+    """
+
+    def __init__(self, allowed: int = 0) -> None:
+        self._first: list[F] = []
+        self._most = allowed + FAULTS_SHOWN
+        self._count = 0
+
+    def add(self, fault: F) -> None:
+        """Note one."""
+        self._count += 1
+        if len(self._first) < self._most:
+            self._first.append(fault)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[F]:
+        return iter(self._first)
+
+    def listed(self) -> str:
+        """The first ones as lines of an error, and how many more there are."""
+        return listed(list(map(str, self._first)), count=self._count)
+
+
 @dataclass
 class Reading:
     """What is met while files of rows are read and checked.
@@ -53,17 +86,18 @@ class Reading:
     skipped: list[Fault] = field(default_factory=list)
     formats: dict[str, DataFormat] = field(default_factory=dict)
 
-    def skip(self, faults: Sequence[Fault]) -> bool:
+    def skip(self, faults: Faults[Fault]) -> bool:
         """Skip faulty rows if, with those skipped before, they are not too many."""
         if len(self.skipped) + len(faults) > self.allowed:
             return False
         self.skipped += faults
         return True
 
-    def named(self, faults: Sequence[Fault]) -> str:
+    def named(self, faults: Faults[Fault]) -> str:
         """Faults that are not skipped as lines of an error, behind those skipped before."""
         allowance = f"; {self.allowed} may be skipped in all" if self.allowed else ""
-        return allowance + listed([str(fault) for fault in (*self.skipped, *faults)])
+        told = [str(fault) for fault in (*self.skipped, *faults)]
+        return allowance + listed(told, count=len(self.skipped) + len(faults))
 
     def as_json_lines(self) -> str:
         """The skipped rows, one object with file, line and reason to a line."""

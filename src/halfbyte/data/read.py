@@ -6,11 +6,11 @@ is used for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from halfbyte.data.containers import CONTAINERS, TABLES, row_files
-from halfbyte.data.faults import BadFileError, BadRowError, Fault, Reading
+from halfbyte.data.faults import BadFileError, BadRowError, Fault, Faults, Reading
 from halfbyte.data.layouts import Layout, Place, layout_of
 from halfbyte.data.row import Row
 from halfbyte.data.tool_calls import may_lack_keys
@@ -24,7 +24,20 @@ def read_rows(
     format: DataFormat = "auto",  # noqa: A002
     reading: Reading | None = None,
 ) -> list[Row]:
-    """Read all rows of some files, in order.
+    """Read all rows of some files, in order, into memory; see `iter_rows`.
+
+    Raises:
+        DataError: HB201, HB202 or HB215.
+    """
+    return list(iter_rows(paths, format, reading))
+
+
+def iter_rows(
+    paths: str | Path | Sequence[str | Path],
+    format: DataFormat = "auto",  # noqa: A002
+    reading: Reading | None = None,
+) -> Iterator[Row]:
+    """The rows of some files, in order, one at a time; only when all are read is it known that none is faulty.
 
     A `.jsonl` file has one object per line (blank lines only at its end), a `.json` file one array of them; the first
     line of a `.csv` or `.tsv` file names its columns; a `.txt` file has one text per line that is not blank. Of a
@@ -40,59 +53,55 @@ def read_rows(
             the package that reads Parquet.
     """
     reading = reading or Reading()
-    rows: list[Row] = []
-    faults: list[Fault] = []
+    faults: Faults[Fault] = Faults(reading.allowed)
     damaged = False
     for file in row_files(paths):
-        reader = _FileReader(file, format)
-        reader.read()
-        rows += reader.rows
-        faults += reader.faults
+        reader = _FileReader(file, format, faults)
+        yield from reader.rows()
         damaged |= reader.damaged
         reading.formats[str(file)] = reader.format
     if damaged or not reading.skip(faults):
         hiding = ", some of which may hide rows and are never skipped" if damaged and reading.allowed else ""
         what = f"{len(faults)} bad line(s){hiding}" + reading.named(faults)
         raise DataError("HB202", what, fix="mend or remove these lines; nothing was read")
-    return rows
 
 
 class _FileReader:
-    """Reads one file into rows and faults.
+    """Reads one file into rows, and what is none into faults.
 
     Attributes:
         format: The file's; auto until a row tells it.
-        rows: What was read.
-        faults: Rows that are not among them.
         damaged: Whether a fault may hide rows behind it, so that it cannot be skipped.
     """
 
-    def __init__(self, file: Path, wanted: DataFormat) -> None:
+    def __init__(self, file: Path, wanted: DataFormat, faults: Faults[Fault]) -> None:
         self._file = file
         self._wanted = wanted
+        self._faults = faults
         self.format = wanted
-        self.rows: list[Row] = []
-        self.faults: list[Fault] = []
         self.damaged = False
 
-    def read(self) -> None:
+    def rows(self) -> Iterator[Row]:
         """Read on to the end, or to where the file is damaged."""
+        line = 0
         for line, found in CONTAINERS[self._file.suffix](self._file):
             try:
                 if isinstance(found, BadRowError):
                     raise found
-                self.rows.append(self._row(found, line))
+                row = self._row(found, line)
             except BadRowError as bad:
                 self._note(line, str(bad))
                 if isinstance(bad, BadFileError):
                     self.damaged = True
                     return
-        if not self.rows and not self.faults:
+            else:
+                yield row
+        if line == 0:
             self._note(1, "the file holds no rows")
             self.damaged = True
 
     def _note(self, line: int, reason: str) -> None:
-        self.faults.append(Fault(str(self._file), line, reason))
+        self._faults.add(Fault(str(self._file), line, reason))
 
     def _row(self, found: object, line: int) -> Row:
         if not isinstance(found, dict):

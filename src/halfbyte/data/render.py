@@ -19,7 +19,7 @@ from halfbyte.data.answers import Answers, Ask, Endings, marked_answers, prove_a
 from halfbyte.data.row import Json, Message, Row
 from halfbyte.data.sandbox import Job, run_template
 from halfbyte.data.templates import FORMATS, named_template
-from halfbyte.errors import DataError, listed
+from halfbyte.errors import DataError
 from halfbyte.settings import TemplateName
 
 if TYPE_CHECKING:
@@ -215,23 +215,3 @@ class Renderer:
         turns: list[Json] = [{"role": m.role, "content": m.content, **m.tool_facts} for m in messages]
         tokens = dict(self.tokenizer.special_tokens_map)
         return Job(text, tokens, turns, list(tools) or None, asks, marks)
-
-
-def render_rows(rows: Sequence[Row], renderer: Renderer) -> list[Rendered]:
-    """Write all rows out.
-
-    Raises:
-        DataError: With the code of the first faulty row; names every faulty row.
-    """
-    rendered: list[Rendered] = []
-    errors: list[DataError] = []
-    for row in rows:
-        try:
-            rendered.append(renderer.render(row))
-        except DataError as error:
-            errors.append(error)
-    if errors:
-        faults = [f"{error.where}: {error.what}" for error in errors]
-        what = f"{len(faults)} of {len(rows)} rows" + listed(faults)
-        raise DataError(errors[0].code, what, fix=errors[0].fix)
-    return rendered

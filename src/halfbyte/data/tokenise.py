@@ -12,7 +12,8 @@ generation from the prompt alone then sees other tokens than training did.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.examples import Listed
-from halfbyte.data.render import Rendered, Renderer, render_rows
+from halfbyte.data.faults import Faults
+from halfbyte.data.render import Rendered, Renderer
 from halfbyte.data.row import Row
-from halfbyte.errors import DataError, listed
+from halfbyte.data.truncation import refuse_too_many_cut
+from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -231,7 +234,10 @@ def tokenise(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, max_length:
         DataError: HB207 if a stop token is not a trained token; HB208 if no trained token is left; HB209 if
             the tokenizer gives no offsets; HB220 if the text begins twice.
     """
-    return _tokenise_all([rendered], Encoder(tokenizer), max_length, 1.0)[0]
+    tokeniser = Tokeniser(Encoder(tokenizer), max_length)
+    [example] = tokeniser.examples([rendered])
+    tokeniser.refuse()
+    return example
 
 
 def tokenise_rows(
@@ -252,71 +258,109 @@ def tokenise_rows(
         last_answer_only: Train no earlier answer of a conversation.
 
     Raises:
-        DataError: As `render_rows` and `tokenise`, and HB221 if too many rows are cut; each names every such
+        DataError: As `Renderer.render` and `tokenise`, and HB221 if too many rows are cut; each names every such
             row.
     """
-    encoder = Encoder(renderer.tokenizer)
-    rendered = render_rows(rows, renderer)
-    if last_answer_only:
-        rendered = [row.last_answer_only() for row in rendered]
-    examples = _tokenise_all(rendered, encoder, max_length, max_truncated)
-    stops = {stop for row in rendered for stop in row.stops} | {str(renderer.tokenizer.eos_token)}
+    tokeniser = Tokeniser(Encoder(renderer.tokenizer), max_length, last_answer_only)
+    parts = (rows[at : at + ROWS_AT_ONCE] for at in range(0, len(rows), ROWS_AT_ONCE))
+    examples = [example for part in parts for example in tokeniser.take(part, renderer)]
+    tokeniser.refuse()
+    refuse_too_many_cut(
+        np.array(tokeniser.wholes()), max_length, max_truncated, lambda at: examples[at].where
+    )
     return Tokenised(
         Listed(examples),
         truncated=sum(e.truncated for e in examples),
         misaligned=sum(not e.aligned for e in examples),
-        stop_ids=tuple(sorted(encoder.id_of(stop) for stop in stops)),
+        stop_ids=tokeniser.stop_ids,
     )
 
 
-def _tokenise_all(
-    rendered: Sequence[Rendered], encoder: Encoder, max_length: int, max_truncated: float
-) -> list[Example]:
-    """Tokenise, cut, and refuse together all rows that could not be learnt from."""
-    whole: list[Example] = []
-    unended, doubled = [], []
-    for row, tokens, example in _whole_examples(rendered, encoder):
-        whole.append(example)
-        if fault := _stop_fault(row, tokens, encoder):
-            unended.append(f"{row.where}: {fault}")
-        if fault := _bos_fault(row, example.input_ids, encoder):
-            doubled.append(f"{row.where}: {fault}")
-    if unended:
-        what = f"{len(unended)} of {len(whole)} rows" + listed(unended)
-        raise DataError(
-            "HB207", what, fix="set data.template to a format whose stop token the vocabulary has"
-        )
-    if doubled:
-        what = f"{len(doubled)} of {len(whole)} rows" + listed(doubled)
-        fix = "take it out of the chat template or the rows: the tokenizer puts it before each text"
-        raise DataError("HB220", what, fix=fix)
-    examples = [_cut(example, max_length) for example in whole]
-    faults = [
-        f"{cut.where}: {_first_trained(example)}"
-        for example, cut in zip(whole, examples, strict=True)
-        if cut.trained_tokens == 0
-    ]
-    if faults:
-        what = f"{len(faults)} of {len(rendered)} rows have no trained token among their first {max_length}"
-        raise DataError(
-            "HB208", what + listed(faults), fix="raise data.max_length, or shorten or remove these rows"
-        )
-    _refuse_too_many_cut(whole, max_length, max_truncated)
-    return examples
+class Tokeniser:
+    """Makes examples of rows, part by part, and notes those that could not be learnt from until they are asked for.
 
+    Args:
+        encoder: The tokenizer.
+        max_length: Tokens to keep of each row.
+        last_answer_only: Train no earlier answer of a conversation.
+    """
 
-def _refuse_too_many_cut(whole: Sequence[Example], max_length: int, max_truncated: float) -> None:
-    cut = [(len(row.input_ids), row.where) for row in whole if len(row.input_ids) > max_length]
-    if len(cut) <= max_truncated * len(whole):
-        return
-    most = f"expected at most {max_truncated:.1%} of them"
-    what = f"{len(cut)} of {len(whole)} rows have more than {max_length} tokens, {most}"
-    raise DataError(
-        "HB221",
-        what + listed([f"{where}: {tokens:,} tokens" for tokens, where in cut]),
-        fix=f"raise data.max_length (the longest row has {max(cut)[0]:,} tokens), or data.max_truncated if the "
-        "ends of these rows, their stop tokens among them, need not be learnt",
-    )
+    def __init__(self, encoder: Encoder, max_length: int, last_answer_only: bool = False) -> None:
+        self._encoder, self._max_length, self._last_answer_only = encoder, max_length, last_answer_only
+        self._rows = 0
+        self._wholes = array("Q")
+        self._stops: set[str] = set()
+        self._unwritten: Faults[str] = Faults()
+        self._first_error: DataError | None = None
+        self._unended: Faults[str] = Faults()
+        self._doubled: Faults[str] = Faults()
+        self._untaught: Faults[str] = Faults()
+
+    def wholes(self, last: int = 0) -> list[int]:
+        """Tokens that each example had before it was cut: of the last ones, or of all so far."""
+        return self._wholes[-last:].tolist()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which generation ends: the stop tokens the rows so far teach, and the end of text."""
+        return tuple(sorted({self._encoder.eos, *map(self._encoder.id_of, self._stops)}))
+
+    def take(self, rows: Sequence[Row], renderer: Renderer) -> list[Example]:
+        """Examples of some rows; those that cannot be written out have none."""
+        rendered = []
+        for row in rows:
+            try:
+                written = renderer.render(row)
+                rendered.append(written.last_answer_only() if self._last_answer_only else written)
+            except DataError as error:
+                self._first_error = self._first_error or error
+                self._unwritten.add(f"{error.where}: {error.what}")
+                self._rows += 1
+        return self.examples(rendered)
+
+    def examples(self, rendered: Sequence[Rendered]) -> list[Example]:
+        """Examples of some rows that are written out, cut to `max_length`."""
+        encoder, examples = self._encoder, []
+        self._rows += len(rendered)
+        prompts = iter(encoder.encode([row.prompt for row in rendered if row.prompt is not None]))
+        for row, tokens in zip(rendered, encoder.encode([row.text for row in rendered]), strict=True):
+            prompt = next(prompts).ids if row.prompt is not None else None
+            whole = _example(row, tokens, prompt, encoder)
+            example = _cut(whole, self._max_length)
+            self._wholes.append(len(whole.input_ids))
+            self._stops.update(row.stops)
+            if fault := _stop_fault(row, tokens, encoder):
+                self._unended.add(f"{row.where}: {fault}")
+            if fault := _bos_fault(row, whole.input_ids, encoder):
+                self._doubled.add(f"{row.where}: {fault}")
+            if example.trained_tokens == 0:
+                self._untaught.add(f"{row.where}: {_first_trained(whole)}")
+            examples.append(example)
+        return examples
+
+    def refuse(self) -> None:
+        """Refuse all rows so far that could not be learnt from, those of the first kind there are.
+
+        Raises:
+            DataError: As `Renderer.render` with the code of the first such row, and as `tokenise`.
+        """
+
+        def among(faults: Faults[str]) -> str:
+            return f"{len(faults)} of {self._rows} rows"
+
+        if self._first_error is not None:
+            what = among(self._unwritten) + self._unwritten.listed()
+            raise DataError(self._first_error.code, what, fix=self._first_error.fix)
+        if self._unended:
+            fix = "set data.template to a format whose stop token the vocabulary has"
+            raise DataError("HB207", among(self._unended) + self._unended.listed(), fix=fix)
+        if self._doubled:
+            fix = "take it out of the chat template or the rows: the tokenizer puts it before each text"
+            raise DataError("HB220", among(self._doubled) + self._doubled.listed(), fix=fix)
+        if self._untaught:
+            what = f"{among(self._untaught)} have no trained token among their first {self._max_length}"
+            fix = "raise data.max_length, or shorten or remove these rows"
+            raise DataError("HB208", what + self._untaught.listed(), fix=fix)
 
 
 def _first_trained(example: Example) -> str:
@@ -324,18 +368,6 @@ def _first_trained(example: Example) -> str:
     if example.trained_tokens == 0:
         return "it has none at any length"
     return f"the first one is number {example.trained[1:].argmax() + 2}"
-
-
-def _whole_examples(
-    rendered: Sequence[Rendered], encoder: Encoder
-) -> Iterator[tuple[Rendered, _Tokens, Example]]:
-    """Each row with its tokens, and as an example that is not cut."""
-    for start in range(0, len(rendered), ROWS_AT_ONCE):
-        part = rendered[start : start + ROWS_AT_ONCE]
-        prompts = iter(encoder.encode([row.prompt for row in part if row.prompt is not None]))
-        for row, tokens in zip(part, encoder.encode([row.text for row in part]), strict=True):
-            prompt = next(prompts).ids if row.prompt is not None else None
-            yield row, tokens, _example(row, tokens, prompt, encoder)
 
 
 def _example(row: Rendered, tokens: _Tokens, prompt: NDArray[np.int32] | None, encoder: Encoder) -> Example:

@@ -5,11 +5,13 @@ It owns which rows are repeated and which are left out; it must not know what ro
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data.check import first_by_hash, row_ids
 from halfbyte.data.containers import row_files
 from halfbyte.data.row import Row
 from halfbyte.errors import DataError
@@ -50,17 +52,27 @@ def weigh_rows(rows: Sequence[Row], weights: Mapping[str, float], seed: int) -> 
     Returns:
         Rows in the order given, those that are repeated side by side.
     """
-    of_file: dict[str, list[int]] = defaultdict(list)
-    for at, row in enumerate(rows):
-        of_file[row.source].append(at)
-    times: dict[int, int] = {}
-    for source, members in of_file.items():
-        whole, part = divmod(weights.get(source, 1.0), 1)
-        extra = max(round(part * len(members)), int(whole == 0))
-        chosen = sorted(members, key=lambda at: (_rank(rows[at], seed), at))[:extra]
-        times |= dict.fromkeys(members, int(whole)) | dict.fromkeys(chosen, int(whole) + 1)
-    return [row for at, row in enumerate(rows) for _ in range(times[at])]
+    names = {name: number for number, name in enumerate(dict.fromkeys(row.source for row in rows))}
+    sources = np.array([names[row.source] for row in rows], np.int64)
+    times = times_of(row_ids(rows), sources, [weights.get(name, 1.0) for name in names], seed)
+    return [row for row, count in zip(rows, times.tolist(), strict=True) for _ in range(count)]
 
 
-def _rank(row: Row, seed: int) -> bytes:
-    return hashlib.sha256(f"weight:{seed}:{row.id}".encode()).digest()
+def times_of(
+    ids: NDArray[np.uint64], sources: NDArray[np.int64], weights: Sequence[float], seed: int
+) -> NDArray[np.int64]:
+    """How often `weigh_rows` takes each row, (n,).
+
+    Args:
+        ids: Content hashes of the rows, (n,).
+        sources: Number of the file that each came from, (n,).
+        weights: By that number.
+        seed: Another seed chooses others.
+    """
+    times = np.zeros(len(ids), np.int64)
+    for source, weight in enumerate(weights):
+        members = np.flatnonzero(sources == source)
+        whole, part = divmod(weight, 1)
+        extra = max(round(part * len(members)), int(whole == 0)) if len(members) else 0
+        times[members] = int(whole) + first_by_hash(ids[members], extra, f"weight:{seed}:")
+    return times

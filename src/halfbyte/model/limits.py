@@ -43,6 +43,11 @@ class Limits:
             positions if isinstance(positions, int) and positions > 0 else None,
         )
 
+    def hold(self, lowest: int, highest: int, longest: int) -> bool:
+        """Whether all rows fit that have no ids but these and those between, and no more tokens than the longest."""
+        fits = self.positions is None or longest <= self.positions
+        return fits and lowest >= 0 and highest < min(self.vocabulary, self.outputs)
+
     def check(self, examples: Sequence[Example]) -> None:
         """Refuse rows that the model cannot be given, or cannot be asked for.
 

@@ -94,7 +94,9 @@ class PreferenceTask(WordsTask):
         self.begins = "reference" if config.task in (*REFERENCED, "kto") else ""
 
     @classmethod
-    def prepare(cls, config: Config, *, held_out_only: bool = False) -> Self:
+    def prepare(
+        cls, config: Config, *, held_out_only: bool = False, progress: Progress | None = None
+    ) -> Self:
         """Read, check, share out, render and tokenise the rows.
 
         Raises:

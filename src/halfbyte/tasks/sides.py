@@ -5,16 +5,32 @@ It owns which rows are trained on and which are held out; it must not know what 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from halfbyte.data.check import CheckedDataset, DataReport, check_overlap, check_rows, split_rows
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data.check import (
+    CheckedDataset,
+    DataReport,
+    check_overlap,
+    check_rows,
+    held_out_of,
+    refuse_overlap,
+    split_rows,
+)
+from halfbyte.data.encode import Encoding
 from halfbyte.data.faults import Reading
 from halfbyte.data.read import read_rows
 from halfbyte.data.row import Objective, Row
-from halfbyte.data.weigh import file_weights, weigh_rows
+from halfbyte.data.token_file import StoredExamples, TokenFile
+from halfbyte.data.truncation import refuse_too_many_cut
+from halfbyte.data.weigh import file_weights, times_of, weigh_rows
 
 if TYPE_CHECKING:
+    from halfbyte.data.render import Renderer
     from halfbyte.settings import Config
 
 
@@ -65,3 +81,76 @@ def read_sides(config: Config, objective: Objective, held_out_only: bool = False
     if data.weights is not None:
         train = weigh_rows(train, file_weights(data.train, data.weights), config.seed)
     return Sides(train, held_out, found.report, reading)
+
+
+@dataclass(frozen=True)
+class StoredSides:
+    """The rows of a run, tokenised, in files that are mapped into memory.
+
+    Attributes:
+        train: As `Sides`.
+        held_out: As `Sides`.
+        report: As `Sides`.
+        reading: As `Sides`.
+        stop_ids: Token ids that end an answer.
+        notes: What a person should know of rows that an earlier run kept.
+    """
+
+    train: StoredExamples
+    held_out: StoredExamples
+    report: DataReport
+    reading: Reading
+    stop_ids: tuple[int, ...]
+    notes: list[str]
+
+
+def store_sides(
+    config: Config,
+    renderer: Renderer,
+    held_out_only: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> StoredSides:
+    """As `read_sides` for words to write, tokenised too, whatever the size of the files.
+
+    Args:
+        config: Files, formats, shares, seed.
+        renderer: Writes rows out, and holds the tokenizer.
+        held_out_only: Measure all rows of `data.eval`, or else of `data.train`, and train on none.
+        progress: Told how far each part of the work is.
+
+    Raises:
+        DataError: HB201 to HB227, each naming every faulty row.
+    """
+    data = config.data
+    how = Encoding(data, renderer, Reading(data.skip_bad_rows), progress)
+    found = how.encode((data.eval or data.train) if held_out_only else data.train)
+    rows = np.arange(len(found.file.rows))
+    measured = found
+    if held_out_only:
+        train, held_out = StoredExamples(found.file, rows[:0]), StoredExamples(found.file, rows)
+    elif data.eval:
+        measured = how.encode(data.eval)
+        train, held_out = (
+            StoredExamples(found.file, rows),
+            StoredExamples(measured.file, np.arange(len(measured.file.rows))),
+        )
+        refuse_overlap((train.file.rows["id"], train.where), (held_out.file.rows["id"], held_out.where))
+    else:
+        out = held_out_of(found.file.rows["id"], data.eval_fraction, config.seed)
+        train, held_out = StoredExamples(found.file, rows[~out]), StoredExamples(found.file, rows[out])
+    if data.weights is not None and not held_out_only:
+        train = StoredExamples(train.file, _weighed(train.file, train.order, config))
+    for side in (train, held_out):
+        refuse_too_many_cut(side.numbers("whole"), data.max_length, data.max_truncated, side.where)
+    return StoredSides(train, held_out, found.report, how.reading, measured.stop_ids, how.notes)
+
+
+def _weighed(file: TokenFile, order: NDArray[np.int64], config: Config) -> NDArray[np.int64]:
+    """Rows of a token file, each as often as the weight of its file has it."""
+    weights = file_weights(config.data.train, config.data.weights or ())
+    by_source = [weights.get(source, 1.0) for source in file.sources]
+    rows = file.rows[order]
+    repeated: NDArray[np.int64] = np.repeat(
+        order, times_of(rows["id"], rows["source"], by_source, config.seed)
+    )
+    return repeated

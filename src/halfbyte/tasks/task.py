@@ -82,12 +82,15 @@ class Task(ABC, Generic[E]):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, config: Config, *, held_out_only: bool = False) -> Self:
+    def prepare(
+        cls, config: Config, *, held_out_only: bool = False, progress: Progress | None = None
+    ) -> Self:
         """Read, check, share out and encode the rows; the model itself is not needed.
 
         Args:
             config: Settings of the run.
             held_out_only: Measure all rows of `data.eval`, or else of `data.train`, and train on none.
+            progress: Told how far each part of the work is.
 
         Raises:
             DataError: Naming every faulty row.

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Self
 
 from halfbyte.data.fingerprint import Fingerprint
 from halfbyte.data.render import Renderer
-from halfbyte.data.tokenise import Example, load_tokenizer, padding_id, tokenise_rows
+from halfbyte.data.tokenise import Example, load_tokenizer, padding_id
 from halfbyte.evaluate.measure import Measurement, Subject, measure
 from halfbyte.evaluate.perplexity import held_out_loss
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.limits import Limits
 from halfbyte.model.precision import computing_dtype
 from halfbyte.model.skeleton import build_skeleton
-from halfbyte.tasks.sides import read_sides
+from halfbyte.tasks.sides import StoredSides, store_sides
 from halfbyte.tasks.task import Prepared, Progress, Task
 from halfbyte.train.methods import load_base, saver
 
@@ -74,39 +74,61 @@ class SftTask(WordsTask):
         config: Settings of the run.
         rows: Its rows.
         renderer: Writes rows out, and holds the tokenizer.
-        stop_ids: Token ids that end an answer.
+        sides: The same rows, where they are stored.
     """
 
     def __init__(
-        self, config: Config, rows: Prepared[Example], renderer: Renderer, stop_ids: tuple[int, ...]
+        self, config: Config, rows: Prepared[Example], renderer: Renderer, sides: StoredSides
     ) -> None:
         super().__init__(config, rows, renderer)
-        self.stop_ids = stop_ids
+        self.sides = sides
+        self.stop_ids = sides.stop_ids
 
     @classmethod
-    def prepare(cls, config: Config, *, held_out_only: bool = False) -> Self:
-        """Read, check, share out, render and tokenise the rows.
+    def prepare(
+        cls, config: Config, *, held_out_only: bool = False, progress: Progress | None = None
+    ) -> Self:
+        """Read, check, render and tokenise the rows, or find them tokenised, and share them out.
 
         Raises:
-            DataError: HB201 to HB226, each naming every faulty row.
+            DataError: HB201 to HB227, each naming every faulty row.
         """
         renderer = Renderer(load_tokenizer(config.model), config.data.template)
-        sides = read_sides(config, "sft", held_out_only)
-        train, held_out = (
-            tokenise_rows(side, renderer, config.data.max_length, config.data.max_truncated)
-            for side in (sides.train, sides.held_out)
-        )
-        rows = Prepared(
-            train.examples,
-            held_out.examples,
+        sides = store_sides(config, renderer, held_out_only, progress)
+        cut = [int((side.numbers("whole") > side.lengths).sum()) for side in (sides.train, sides.held_out)]
+        misaligned = sum(int((side.numbers("aligned") == 0).sum()) for side in (sides.train, sides.held_out))
+        rows = Prepared[Example](
+            sides.train,
+            sides.held_out,
             sides.report,
             sides.reading,
             renderer.template,
             Fingerprint.of(renderer),
-            (train.truncated, held_out.truncated),
-            train.misaligned + held_out.misaligned,
+            (cut[0], cut[1]),
+            misaligned,
         )
-        return cls(config, rows, renderer, held_out.stop_ids)
+        return cls(config, rows, renderer, sides)
+
+    def notes(self) -> list[str]:
+        """What a person should know of kept rows, and what would make a good figure mislead."""
+        return self.sides.notes + super().notes()
+
+    def facts(self) -> dict[str, int | str]:
+        """What a rehearsal prints."""
+        return Task.facts(self) | {"trained_tokens": int(self.sides.train.numbers("trained").sum())}
+
+    def check_fit(self, model: PreTrainedModel) -> None:
+        """Refuse rows that the model cannot be given; row by row only if one of them may not fit.
+
+        Raises:
+            DataError: HB212 or HB213, naming every such row.
+        """
+        sides = (self.sides.train, self.sides.held_out)
+        longest = max(int(side.lengths.max(initial=0)) for side in sides)
+        lowest = min(side.file.id_range[0] for side in sides)
+        highest = max(side.file.id_range[1] for side in sides)
+        if not Limits.of(model).hold(lowest, highest, longest):
+            super().check_fit(model)
 
     def measure(self, model: PreTrainedModel, progress: Progress | None = None) -> Measurement:
         """Held-out loss, perplexity and exact matches."""
