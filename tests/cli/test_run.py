@@ -141,7 +141,7 @@ def test_a_failed_training_exits_with_1(call: Call, recipe: Path) -> None:
 def test_ctrl_c_before_training_exits_with_130(
     call: Call, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(config: object) -> None:
+    def interrupted(config: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "prepare", interrupted)

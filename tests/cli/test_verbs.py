@@ -163,6 +163,42 @@ def test_data_show_shows_what_is_cut(call: Call, rows: Path, model: Path) -> Non
     assert "</s>⟧" not in shown
 
 
+def test_data_show_shows_tools_and_brackets_their_calls(
+    call: Call, tmp_path: Path, shared: Callable[[str], Path]
+) -> None:
+    function = {"name": "sky", "parameters": {"type": "object"}}
+    talk = [
+        {"from": "human", "value": "Dry?"},
+        {"from": "function_call", "value": '{"name": "sky", "arguments": {"city": "Ulm"}}'},
+        {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": "No."},
+    ]
+    file = tmp_path / "tools.jsonl"
+    file.write_text(json.dumps({"conversations": talk, "tools": json.dumps([function])}) + "\n")
+    model = shared("models/base-11m")
+    shown = call("data", "show", file, "--model", model, "--template", "qwen2").stdout
+    called = '<tool_call>\n{"name": "sky", "arguments": {"city": "Ulm"}}\n</tool_call><|im_end|>'
+    assert f"<|im_start|>assistant\n⟦{called}⟧" in shown
+    assert '<tools>\n{"type": "function", "function": {"name": "sky", "parameters"' in shown
+    assert "<|im_start|>user\n<tool_response>\nrain\n</tool_response><|im_end|>" in shown
+    assert "<|im_start|>assistant\n⟦No.<|im_end|>⟧" in shown
+    refused = call("data", "show", file, "--model", model, "--template", "chatml")
+    assert refused.exit_code == 2
+    assert "HB225" in refused.stderr
+
+
+def test_doctor_says_where_tokenised_rows_are_kept_and_how_large_they_are(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "0 kept in" in call("doctor").stdout
+    folder = tmp_path / "halfbyte" / "rows" / "a"
+    folder.mkdir(parents=True)
+    (folder / "ids.bin").write_bytes(b"a" * 3000)
+    facts = json.loads(call("doctor", "--json").stdout)["cache"]
+    assert facts == {"folder": str(folder.parent), "kept": 1, "bytes": 3000}
+
+
 @pytest.fixture
 def chat_rows(tmp_path: Path) -> Path:
     """Three conversations with a system message."""

@@ -175,9 +175,11 @@ class Renderer:
         return text if text.endswith(self._eos) else text + self._eos
 
     def _refuse_control_tokens(self, row: Row) -> None:
-        words = {"the row's list of tools": json.dumps(row.tools, ensure_ascii=False)}
+        words = {"the row's list of tools": json.dumps(row.tools, ensure_ascii=False)} if row.tools else {}
         for number, message in enumerate(row.messages or (), start=1):
-            words[f"message {number}"] = message.content + json.dumps(message.tool_facts, ensure_ascii=False)
+            facts = message.tool_facts
+            told = json.dumps(facts, ensure_ascii=False) if facts else ""
+            words[f"message {number}"] = message.content + told
         for place, text in words.items():
             if found := self._control.search(text):
                 what = f"{place} holds {found[0]!r}, which the tokenizer reads as a control token"
