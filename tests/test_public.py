@@ -13,7 +13,7 @@ import halfbyte as hb
 
 
 def test_the_surface_is_what_it_says() -> None:
-    assert hb.__all__ == ["__version__", "add_lora", "load", "run", "save_adapter"]
+    assert hb.__all__ == ["HalfbyteConfig", "__version__", "add_lora", "load", "run", "save_adapter"]
     for name in hb.__all__:
         assert getattr(hb, name)
         assert name in dir(hb)

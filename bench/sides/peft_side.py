@@ -16,14 +16,18 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def base(options: dict[str, Any]) -> Any:
-    """The model in NF4 with double quantization."""
+    """The model in NF4 with double quantization, of bitsandbytes or, in bench/in_trainer.py, of halfbyte."""
     dtype = getattr(torch, options["dtype"])
-    nf4 = BitsAndBytesConfig(
+    nf4: Any = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+    if options.get("quantization") == "halfbyte":
+        from halfbyte import HalfbyteConfig
+
+        nf4 = HalfbyteConfig()
     return AutoModelForCausalLM.from_pretrained(
         options["model"], quantization_config=nf4, dtype=dtype, device_map={"": "cpu"}
     )

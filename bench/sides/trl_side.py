@@ -1,4 +1,4 @@
-"""TRL's side of bench/step_vs_peers.py: SFTTrainer as it is, stopped before and after each step.
+"""SFTTrainer as it is, stopped before and after each step, for bench/step_vs_peers.py and bench/in_trainer.py.
 
 It owns the settings of this side: TRL's defaults, but for the length of a step, where nothing is saved and what is
 logged; it must not know what it is compared with.
@@ -94,6 +94,7 @@ def main() -> None:
             bf16=options["dtype"] == "bfloat16",
             per_device_train_batch_size=options["batch_size"],
             packing=options["packing"],
+            gradient_checkpointing=options.get("checkpointing", True),
             completion_only_loss=True,
             learning_rate=options["learning_rate"],
             max_steps=10**6,

@@ -11,13 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from halfbyte.model.hf_quantizer import HalfbyteConfig
     from halfbyte.model.public import add_lora, load, save_adapter
     from halfbyte.pipeline import run
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "add_lora", "load", "run", "save_adapter"]
+__all__ = ["HalfbyteConfig", "__version__", "add_lora", "load", "run", "save_adapter"]
 
 _HOMES = {
+    "HalfbyteConfig": "halfbyte.model.hf_quantizer",
     "add_lora": "halfbyte.model.public",
     "load": "halfbyte.model.public",
     "run": "halfbyte.pipeline",

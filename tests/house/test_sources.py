@@ -212,5 +212,5 @@ def test_the_public_surface_is_what_is_documented() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
-    documented = set(re.findall(r"\bhb\.([a-z]\w*)\(", text))
+    documented = set(re.findall(r"\bhb\.([A-Za-z]\w*)\(", text))
     assert set(shown.split()) == documented

@@ -25,6 +25,7 @@ from halfbyte.model.functions import run_layer
 from halfbyte.model.keep import KeepPlan, plan_keeps
 from halfbyte.model.layer import Heads, Keep, Layer, Norm, Surroundings
 from halfbyte.model.lora import LoraLinear, projection_of
+from halfbyte.model.peft_layers import adapter_modules, is_peft_layer
 from halfbyte.model.projection import Projection
 
 ACTIVATIONS = {
@@ -150,7 +151,8 @@ class _Fused:
         if told.window is not None:
             layer = replace(layer, heads=replace(layer.heads, window=told.window or None))
         around = Surroundings(told.documents, cos, sin)
-        return run_layer(layer, hidden_states.contiguous(), around, self.keep)
+        with torch.autocast("cpu", enabled=False):  # what it asks for is what the layer computes in already
+            return run_layer(layer, hidden_states.contiguous(), around, self.keep)
 
 
 def use_blocks(model: nn.Module) -> None:
@@ -249,8 +251,7 @@ def _why_not(layer: nn.Module, family: Family) -> str:
         return "it attends to an encoder"
     if not getattr(attention, "is_causal", True):
         return "its attention is not causal"
-    trains = {id(p) for p in _branch_parameters(layer)}
-    if any(p.requires_grad and id(p) not in trains for p in layer.parameters()):
+    if any(p.requires_grad for p in _base_parameters(layer)):
         return "weights of the base are trained"
     linear = [getattr(attention, name) for name in (*family.qkv, family.out)]
     linear += [getattr(mlp, name) for name in (*family.up, family.down)]
@@ -265,11 +266,13 @@ def _why_not_now(layer: nn.Module, family: Family, x: Tensor, given: dict[str, A
     """Why this call runs the layer's own code; empty if it is fused."""
     if given.get("past_key_values") is not None or given.get("encoder_hidden_states") is not None:
         return "it reads or writes a cache"
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return "it is not on the CPU, or under autocast"
+    if x.device.type != "cpu":
+        return "it is not on the CPU"
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype:
+        return "autocast computes parts of it in another dtype"
     if given.get("output_attentions"):
         return "its attention weights are asked for"
-    if any(tensor.dtype != x.dtype for tensor in layer.parameters() if not tensor.requires_grad):
+    if any(tensor.dtype != x.dtype for tensor in _base_parameters(layer)):
         return "its weights are of another dtype than its input"
     if any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules() if m is not layer):
         return "a hook waits inside it"
@@ -279,14 +282,26 @@ def _why_not_now(layer: nn.Module, family: Family, x: Tensor, given: dict[str, A
 
 
 def _drops(layer: nn.Module, attention: nn.Module) -> bool:
-    dropouts = [m.p for m in layer.modules() if isinstance(m, nn.Dropout)]
+    beside = set(_adapter_modules(layer))
+    dropouts = [m.p for m in layer.modules() if isinstance(m, nn.Dropout) and m not in beside]
     return any(dropouts) or bool(getattr(attention, "attention_dropout", 0.0))
 
 
-def _branch_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+def _base_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a layer that belong to no adapter."""
+    beside = set(_adapter_modules(layer))
+    for module in layer.modules():
+        if module not in beside:
+            yield from module.parameters(recurse=False)
+
+
+def _adapter_modules(layer: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a layer whose own parameters are an adapter's, ours or PEFT's."""
     for module in layer.modules():
         if isinstance(module, LoraLinear):
-            yield from module.parameters(recurse=False)
+            yield module
+        elif is_peft_layer(module):
+            yield from adapter_modules(module)
 
 
 def _layer(layer: nn.Module, family: Family) -> Layer:

@@ -7,22 +7,67 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from halfbyte.errors import ModelError
 from halfbyte.kernels import ops
 from halfbyte.quant.weight import QuantSpec, Scales, Weight4bit, WeightParts
 
 _PARTS = ("codes", "scales", "codebook", "nested_scales", "nested_codebook", "offset")
+_FACTS = frozenset(
+    (
+        *("device", "dtype", "grad", "is_leaf", "is_meta", "layout", "requires_grad"),
+        *("dim", "element_size", "is_complex", "is_floating_point", "ndim", "numel", "shape", "size"),
+    )
+)
 
 
-class Linear4bit(nn.Module):
+class HeldWeight(Tensor):
+    """What other libraries find as the weight of a layer in 4 bits: its shape and place, without values.
+
+    PEFT asks a weight where it lies before it puts an adapter beside it. A library that goes on to read values, or to
+    write them, as merging an adapter or DoRA does, would compute with something else than the weight: it is refused.
+    """
+
+    _is_hf_initialized = True  # transformers gives random values to weights that do not say so
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # Attributes come as the descriptor's `__get__` and `__set__`.
+        asked = func.__name__ if not func.__name__.startswith("__") else _name_of(func)
+        if asked in _FACTS:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        raise ModelError(
+            "HB345",
+            f"a library asks for `{asked}` of a weight that is held in 4 bits",
+            fix="merge, or train DoRA, on the 16-bit folder; halfbyte.add_lora(dora=True) trains DoRA in 4 bits",
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"HeldWeight(shape={tuple(self.shape)}, in 4 bits)"
+
+
+def _name_of(method: Callable[..., Any]) -> str:
+    """The attribute that a descriptor's method reads or writes, or the method's own name."""
+    descriptor = getattr(method, "__self__", None)
+    return str(getattr(descriptor, "__name__", method.__name__))
+
+
+class Linear4bit(nn.Linear):
     """`y = x · W̃ᵀ + b` with W̃ (N, K) in 4 bits and frozen.
 
     The weight's tensors are buffers, so that moving the module, its state and its memory are what torch
-    sees. It has no weight parameter, and changing the module's dtype leaves the weight as it is.
+    sees. It has no weight parameter, and changing the module's dtype leaves the weight as it is. It is a linear layer
+    to whoever looks for one, so that PEFT puts its adapters beside it as beside any other.
 
     Args:
         weight: The quantised (N, K) weight.
@@ -46,7 +91,7 @@ class Linear4bit(nn.Module):
         from_conv1d: bool = False,
         scales: Scales = "absmax",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a linear layer's own would make a dense weight
         self._found_scales = scales
         self.out_features, self.in_features = weight.shape
         self.from_conv1d = from_conv1d
@@ -54,7 +99,14 @@ class Linear4bit(nn.Module):
         parts = weight.tensors()
         for name in _PARTS:
             self.register_buffer(name, parts.get(name))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen)
+
+    @property
+    def weight(self) -> HeldWeight:  # type: ignore[override]
+        """(N, K), without values: see `quantised_weight` for these."""
+        shape = (self.out_features, self.in_features)
+        return self.codes.reshape(-1)[:1].expand(shape).as_subclass(HeldWeight)
 
     @property
     def quantised_weight(self) -> Weight4bit:
@@ -95,8 +147,12 @@ class Linear4bit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply: x (..., K) → (..., N) in x's dtype."""
-        return ops.linear_4bit(x, self.quantised_weight, self.bias)
+        """Multiply: x (..., K) → (..., N) in x's dtype, or in autocast's where that is on, as linear layers do."""
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        return ops.linear_4bit(x, self.quantised_weight, bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as torch does, but keep the weight's parts in their dtype: a cast would change its values."""

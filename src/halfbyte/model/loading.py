@@ -93,7 +93,7 @@ def load(
             folder, model, "HB314", "config.json and the weights disagree on whether they are in 4 bits"
         )
     if quantization is not None and not stored_in_4bit:
-        _refuse_mostly_unquantised(folder, [entry.slot for entry in entries])
+        refuse_mostly_unquantised(str(folder.path), [entry.slot for entry in entries])
     _fill(model, entries, None if stored_in_4bit else quantization, progress)
     if stored_in_4bit:
         _refuse_other_quantisation(folder, model, quantization)
@@ -201,8 +201,16 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _refuse_mostly_unquantised(folder: ModelFolder, wanted: list[Slot]) -> None:
-    """Refuse a model most of whose weights are in no linear layer: it would be called 4-bit and be 16-bit."""
+def refuse_mostly_unquantised(where: str, wanted: list[Slot]) -> None:
+    """Refuse a model most of whose weights are in no linear layer: it would be called 4-bit and be 16-bit.
+
+    Args:
+        where: The folder, for the message.
+        wanted: Everything the model wants from its weights.
+
+    Raises:
+        ModelError: HB315.
+    """
     matrices = [
         slot for slot in wanted if len(slot.shape) >= 2 and not slot.is_embedding and slot.is_parameter
     ]
@@ -215,7 +223,7 @@ def _refuse_mostly_unquantised(folder: ModelFolder, wanted: list[Slot]) -> None:
             "HB315",
             f"{elsewhere:,} of its weights are in no linear layer and would stay as they are ({largest}, …), "
             f"{in_linear:,} are",
-            where=str(folder.path),
+            where=where,
             fix="load it without quantization, or use a model without fused experts",
         )
 
@@ -240,7 +248,7 @@ def _fill(
             tensor = entry.only.read(buffer if passes_through(entry) else None)
             _check_values(entry, tensor)
             if quantization is not None and entry.slot.linear is not None:
-                _place_4bit(model, entry.slot, _quantise(tensor, entry, quantization), quantization.scales)
+                place_quantised(model, entry.slot, tensor, quantization)
             elif entry.slot.names in filled:
                 _check_tied(entry, filled[entry.slot.names], tensor)
             else:
@@ -261,28 +269,36 @@ def _check_values(entry: _Entry, tensor: Tensor) -> None:
             fix="use the model's 16-bit folder; this one may be quantised by another tool",
         )
     if tensor.is_floating_point() and tensor.numel():
-        _refuse_not_finite(stored.name, stored.file, tensor)
+        refuse_not_finite(stored.name, str(stored.file), tensor)
 
 
-def _refuse_not_finite(name: str, file: Path, tensor: Tensor) -> None:
+def refuse_not_finite(name: str, where: str, tensor: Tensor) -> None:
+    """Refuse a stored tensor that holds NaN or Inf: HB311."""
     least, most = torch.aminmax(tensor)  # NaN comes through; no second tensor is made
     if not (torch.isfinite(least) and torch.isfinite(most)):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ModelError(
             "HB311",
             f"{name} holds {bad:,} values that are NaN or infinite, of {tensor.numel():,}",
-            where=str(file),
+            where=where,
             fix="fetch the weights again; if they stay so, the model was saved after its training failed",
         )
 
 
-def _quantise(tensor: Tensor, entry: _Entry, spec: QuantSpec) -> Weight4bit:
-    linear = entry.slot.linear
-    assert linear is not None
-    if is_conv1d(linear):
+def place_quantised(model: PreTrainedModel, slot: Slot, tensor: Tensor, spec: QuantSpec) -> None:
+    """Quantise the weight of a linear layer and put the layer of 4 bits in its place.
+
+    Args:
+        model: The model that is being filled.
+        slot: The weight's place, in a layer that may be replaced.
+        tensor: As it is stored: (N, K), or (K, N) for a `Conv1D`.
+        spec: How it is quantised.
+    """
+    assert slot.linear is not None
+    if is_conv1d(slot.linear):
         tensor = tensor.T.contiguous()  # (K, N) -> (N, K)
     weight = ops.quantize_4bit(tensor.float() if tensor.dtype == torch.float64 else tensor, spec)
-    return replace(weight, dtype=entry.slot.dtype)
+    _place_4bit(model, slot, replace(weight, dtype=slot.dtype), spec.scales)
 
 
 def _read_4bit(entry: _Entry) -> Weight4bit:
@@ -304,7 +320,7 @@ def _read_4bit(entry: _Entry) -> Weight4bit:
         )
     for part in weight.tensors().values():
         if part.is_floating_point():
-            _refuse_not_finite(name, first.file, part)
+            refuse_not_finite(name, str(first.file), part)
     return weight
 
 
@@ -313,7 +329,7 @@ def _place_4bit(model: PreTrainedModel, slot: Slot, weight: Weight4bit, scales: 
     name = slot.names[0].removesuffix(".weight")
     dense = model.get_submodule(name)
     layer = Linear4bit(weight, None, from_conv1d=is_conv1d(dense), scales=scales)
-    layer.bias = dense._parameters.get("bias")
+    layer.register_parameter("bias", dense._parameters.get("bias"))
     model.set_submodule(name, layer.train(dense.training))
 
 

@@ -24,6 +24,7 @@ from halfbyte.model.linear4bit import Linear4bit, dense_weight, features, is_con
 from halfbyte.model.lora_init import INITS, Pair, Site
 from halfbyte.model.lora_spec import ALL_LINEAR, DECOMPOSING, LoraSpec, matches, matches_pattern
 from halfbyte.model.originals import Originals
+from halfbyte.model.peft_layers import is_peft_layer, peft_parts
 from halfbyte.model.projection import Branch, Projection
 
 
@@ -162,7 +163,7 @@ class LoraLinear(nn.Module):
 def projection_of(module: nn.Module) -> Projection | None:
     """A linear layer as the fused kernels take it, with its branch where it is adapted; None for what they do not.
 
-    They take frozen weights, in 4 bits or dense (N, K), and no DoRA.
+    They take frozen weights, in 4 bits or dense (N, K), and no DoRA; the adapter may be ours or PEFT's.
     """
     branch, base = None, module
     if isinstance(module, LoraLinear):
@@ -174,6 +175,11 @@ def projection_of(module: nn.Module) -> Projection | None:
             branch = Branch(module.lora_A, module.lora_B, module.spec.scale, dropout)
         elif module.start is not None:
             branch = Branch(*module.start, module.spec.scale)
+    elif is_peft_layer(module):
+        parts = peft_parts(module)
+        if parts is None:
+            return None
+        base, branch = parts
     if isinstance(base, Linear4bit):
         return Projection(base.factor, base.bias, branch)
     if type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters()):

@@ -158,17 +158,21 @@ def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
         )
     config = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
-    config["quantization_config"] = _quantization_config(model)
+    config["quantization_config"] = stored_quantisation(model)
     with whole_folder(folder) as work:
         write_json(work / CONFIG, config)
         if model.generation_config is not None:
             write_json(work / "generation_config.json", json.loads(model.generation_config.to_json_string()))
         _copy_tokenizer(Path(model.name_or_path or ""), work)
-        save_file(_entries(model), work / WEIGHTS, metadata={"format": "pt"})
+        save_file(entries(model), work / WEIGHTS, metadata={"format": "pt"})
 
 
-def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
-    """The settings by which transformers rebuilds the layers; those not in 4 bits are named."""
+def stored_quantisation(model: PreTrainedModel) -> dict[str, Any]:
+    """The settings by which transformers rebuilds the layers; those not in 4 bits are named.
+
+    Raises:
+        ModelError: HB315 without a layer in 4 bits, or with several kinds of them.
+    """
     weights = [module.quantised_weight for module in model.modules() if isinstance(module, Linear4bit)]
     kinds = {(weight.format, weight.double_quantised) for weight in weights}
     if len(kinds) != 1:
@@ -192,16 +196,16 @@ def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _entries(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Everything the file holds, each tensor once: tied weights under their first name."""
-    entries: dict[str, Tensor] = {}
+def entries(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Everything a file in bitsandbytes' form holds, each tensor once: tied weights under their first name."""
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         in_4bit = isinstance(module, Linear4bit)
         if isinstance(module, Linear4bit):
             parts = to_bitsandbytes(f"{prefix}.weight", module.quantised_weight)
             # Layers may share a codebook in memory; the file format does not share.
-            entries |= {
+            found |= {
                 name: part.clone() if name.endswith("quant_map") else part for name, part in parts.items()
             }
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -209,8 +213,8 @@ def _entries(model: PreTrainedModel) -> dict[str, Tensor]:
                 continue
             if not (in_4bit and name in module._buffers):
                 seen.add(id(tensor))
-                entries[f"{prefix}.{name}" if prefix else name] = tensor.detach().contiguous()
-    return entries
+                found[f"{prefix}.{name}" if prefix else name] = tensor.detach().contiguous()
+    return found
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

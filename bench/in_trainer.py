@@ -1,0 +1,104 @@
+"""The same SFTTrainer script with our 4 bits and with bitsandbytes', which differ in one line, on the same CPU.
+
+It owns what is compared; how sides take turns is in step_vs_peers.py, and what a side does in sides/trl_side.py.
+
+    python bench/in_trainer.py [--quick] [--rounds N] [--threads N]
+
+Instruction rows (alpaca_en_demo.json), 8 at a time, TinyLlama-1.1B's shape with 4 layers and random weights, LoRA of
+rank 16 beside all linear layers; TRL's own settings, which compute layers again (checkpointing), and without that.
+Useful tokens are those that are no filling. The speed is the median over pairs of steps, one of each side, of their
+ratio: whatever else the machine does meets both steps of a pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from figures import Figure, run
+from step_vs_peers import LORA, SAME_LOSS, Side, instruction_rows, mib, model_folder, promised
+
+LAYERS, BATCH = 4, 8
+FLOOR = 1.15
+"""What is promised of the speed, with checkpointing and without."""
+
+
+def measure(rounds: int, threads: int, quick: bool) -> Iterator[Figure]:
+    """Yields the figures."""
+    layers, longest = (1, 60) if quick else (LAYERS, None)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        rows.write_text(json.dumps(instruction_rows(layers, longest)), encoding="utf-8")
+        options = {
+            "model": str(model_folder(layers)),
+            "rows": str(rows),
+            "threads": threads,
+            "isa": None,
+            "dtype": "bfloat16",
+            "batch_size": BATCH,
+            "packing": False,
+            **LORA,
+        }
+        for checkpointing in (True, False):
+            again = "with checkpointing" if checkpointing else "without checkpointing"
+            where = f"SFTTrainer, {layers} layers, {threads} threads, {again}"
+            yield from compared(
+                where, {**options, "checkpointing": checkpointing}, 2 if quick else rounds, quick
+            )
+
+
+def compared(where: str, options: dict[str, Any], rounds: int, quick: bool) -> Iterator[Figure]:
+    """Both sides' steps, taken in turns."""
+    python = Path(sys.executable)
+    sides = [
+        Side(name, python, "trl_side.py", {**options, "quantization": name})
+        for name in ("halfbyte", "bitsandbytes")
+    ]
+    ratios = []
+    for number in range(rounds + 1):
+        speed = {}
+        for side in sides if number % 2 == 0 else reversed(sides):
+            (step,) = side.ask(do="step", steps=1)["steps"]
+            speed[side.name] = step["tokens"] / step["seconds"]
+            if number == 0:
+                side.first_loss = step["loss"]
+            else:
+                side.steps.append(step)
+        if number:
+            ratios.append(speed["halfbyte"] / speed["bitsandbytes"])
+    ours, theirs = sides
+    for side in sides:
+        side.peak_bytes = side.ask(do="memory")["VmHWM"]
+        side.close()
+        yield Figure(f"{where}: {side.name}, useful tokens", side.tokens_per_s, "tokens/s")
+        yield Figure(f"{where}: {side.name}, peak memory", mib(side.peak_bytes), "MiB")
+    yield Figure(f"{where}: slowest pair of {rounds}", min(ratios), "x")
+    yield Figure(f"{where}: fastest pair of {rounds}", max(ratios), "x")
+    yield promised(
+        f"{where}: speed against bitsandbytes", statistics.median(ratios), "x", None if quick else FLOOR
+    )
+    off = abs(ours.first_loss - theirs.first_loss)
+    yield Figure.at_most(f"{where}: first loss, off bitsandbytes'", off, "nats", SAME_LOSS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="One line of a TRL script changed.", epilog="--quick and --results: as all benchmarks."
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
+    threads = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=threads, help="of each side")
+    options, rest = parser.parse_known_args()
+    return run("in_trainer", partial(measure, options.rounds, options.threads), rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
