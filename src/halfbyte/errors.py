@@ -88,6 +88,7 @@ CODES: dict[str, str] = {
     "HB344": "Adapter was made beside other weights",
     "HB345": "Weight in 4 bits has no values to read",
     "HB346": "Model in 4 bits belongs on the CPU",
+    "HB347": "Vocabulary was resized",
     "HB401": "Weight cannot be quantised",
     "HB402": "Operation got a tensor it does not accept",
     "HB404": "Unknown backend or instruction set",

@@ -39,6 +39,7 @@ from halfbyte.model.lora_spec import ALL_LINEAR, LoraSpec, matches
 from halfbyte.model.originals import Originals
 from halfbyte.model.saving import whole_folder, write_json
 from halfbyte.model.stored import StoredTensor, read_header
+from halfbyte.model.vocabulary import FIX, embedding_name, refuse_resized
 
 TAKEN = "quantised_residual.safetensors"
 """Of an adapter that began with part of the weights, on a base in 4 bits: by what the base is made again."""
@@ -73,8 +74,10 @@ def save_adapter(
         fingerprint: Chat format and tokenizer it was trained with, written beside it.
 
     Raises:
-        ModelError: HB322 when the model has no adapter, HB316 when the folder cannot be written.
+        ModelError: HB322 when the model has no adapter, HB347 when its vocabulary was resized, HB316 when the folder
+            cannot be written.
     """
+    refuse_resized(model)
     layers = adapted_modules(model)
     if not layers:
         raise ModelError(
@@ -134,7 +137,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> list[str]:
     Raises:
         ModelError: HB303 pickled, HB305 outside the folder, HB307 damaged, HB311 not finite, HB322 the model
             has an adapter, HB323 unreadable, HB324 a feature that is not supported, HB325 made for another
-            model, HB342 a module that cannot train whole, HB344 made beside another 4-bit base.
+            model, HB342 a module that cannot train whole, HB344 made beside another 4-bit base, HB347 saved with
+            an embedding of its own.
     """
     refuse_adapted(model)
     folder = Path(folder)
@@ -187,6 +191,10 @@ def _stored(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> 
             beside.setdefault(owner, {})[key.removeprefix(f"{PREFIX}{owner}.")] = tensor
         else:
             strange.append(key)
+    tokens = f"{PREFIX}{embedding_name(model)}.weight"
+    if tokens in strange:
+        what = f"the adapter was saved with the embedding of another vocabulary, {tokens}"
+        raise ModelError("HB347", what, where=str(folder / WEIGHTS), fix=FIX)
     if strange:
         raise ModelError(
             "HB324",

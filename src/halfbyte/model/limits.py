@@ -60,7 +60,7 @@ class Limits:
             [(e, _strange_ids(e, self)) for e in examples],
             f"hold ids outside of the model's {self.vocabulary:,} tokens"
             + (f", {self.outputs:,} of which it can predict" if self.outputs != self.vocabulary else ""),
-            "use the tokenizer the model came with",
+            "use the tokenizer the model came with, or a folder of the model that was resized for this one",
         )
         if self.positions is not None:
             context = self.positions

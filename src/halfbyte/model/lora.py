@@ -26,6 +26,7 @@ from halfbyte.model.lora_spec import ALL_LINEAR, DECOMPOSING, LoraSpec, matches,
 from halfbyte.model.originals import Originals
 from halfbyte.model.peft_layers import is_peft_layer, peft_parts
 from halfbyte.model.projection import Branch, Projection
+from halfbyte.model.vocabulary import refuse_resized
 
 
 class LoraLinear(nn.Module):
@@ -211,9 +212,10 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:
         ModelError: HB320 naming each target that matches no linear layer, HB322 when there are adapters
             already, HB340 when `spec.init` needs original weights that are not there, HB341 when it asks for more
             than a layer has, HB342 for modules that cannot train whole, HB343 naming each pattern that means no
-            adapted layer.
+            adapted layer, HB347 when the model's vocabulary was resized.
     """
     names = target_names(model, spec)
+    refuse_resized(model)
     beside = names_to_train(model, list(spec.modules_to_save))
     names = outside(names, beside)
     if not names:

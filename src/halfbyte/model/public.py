@@ -92,7 +92,7 @@ def add_lora(
 
     Raises:
         ModelError: HB320 for targets that match nothing, HB321 for bad values, HB322 for a second adapter,
-            HB340 to HB343 for what does not fit the model.
+            HB340 to HB343 for what does not fit the model, HB347 when its vocabulary was resized.
     """
     spec = LoraSpec(
         r,
@@ -118,6 +118,7 @@ def save_adapter(model: PreTrainedModel, folder: str | PathLike[str]) -> None:
         folder: Where to; written whole or not at all.
 
     Raises:
-        ModelError: HB322 without an adapter, HB316 if the folder cannot be written.
+        ModelError: HB322 without an adapter, HB347 when the model's vocabulary was resized, HB316 if the folder
+            cannot be written.
     """
     adapters.save_adapter(model, Path(folder), base=str(model.name_or_path))
