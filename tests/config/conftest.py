@@ -47,6 +47,8 @@ def copy(desk: Path, shared: Callable[[str], Path]) -> Copy:
         text = text.replace("example-org/alpaca", "train.json").replace(
             "example-org/conversations", "talks.jsonl"
         )
+        # A format of the model that was replaced; this one has chatml's tokens.
+        text = text.replace("template: llama3\n", "template: chatml\n")
         file = desk / Path(name).name
         file.write_text(text, encoding="utf-8")
         return file

@@ -21,7 +21,6 @@ from halfbyte.foreign.keys import (
     flag,
     idle,
     number,
-    one_of,
     refused,
     whole,
 )
@@ -120,6 +119,18 @@ KEYS: Keys = {
     **refused("the tokenizer is the model folder's", "tokenizer_config"),
 }
 
+# Those of axolotl's templates that are the model makers' own, as ours are.
+CHAT_FORMATS = {
+    "chatml": "chatml",
+    "deepseek_v3": "deepseek",
+    "gemma": "gemma",
+    "gemma3": "gemma",
+    "llama3": "llama3",
+    "mistral_v2v3": "mistral",
+    "phi_3": "phi3",
+    "qwen_25": "qwen2",
+    "tokenizer_default": "tokenizer",
+}
 FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": "messages"}
 # Parts of a data set that say what is so here anyway.
 USUAL: dict[str, tuple[object, ...]] = {
@@ -219,18 +230,7 @@ def _usual(part: str, value: Any) -> bool:
 
 def _template(draft: Draft) -> None:
     """Decide the chat format, and weigh special tokens: padding is masked, whatever its token."""
-    name = draft.get("chat_template")
-    if name is not None:
-        read = one_of({"chatml": "chatml", "tokenizer_default": "tokenizer"})
-        draft.set(
-            "data.template",
-            read(name) if name in ("chatml", "tokenizer_default") else "auto",
-            "chat_template",
-        )
-        if name not in ("chatml", "tokenizer_default"):
-            draft.notes.append(
-                f"chat_template {name}: the model's own template is used; see it with halfbyte data show."
-            )
+    rules.chat_format(draft, "chat_template", CHAT_FORMATS)
     tokens = draft.get("special_tokens")
     if tokens is None:
         return

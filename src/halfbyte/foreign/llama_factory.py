@@ -124,6 +124,17 @@ DEFAULTS = {
     "lora.dropout": 0.0,
     "seed": 42,
 }
+# Those of LLaMA-Factory's templates that write what ours do; its llama2 and zephyr have other blanks and messages.
+CHAT_FORMATS = {
+    "chatml": "chatml",
+    "deepseek3": "deepseek",
+    "gemma": "gemma",
+    "gemma3": "gemma",
+    "llama3": "llama3",
+    "mistral": "mistral",
+    "phi": "phi3",
+    "qwen": "qwen2",
+}
 # Columns and tags of a listed data set that are those of our formats.
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 MESSAGES = {"messages": "messages"}
@@ -162,7 +173,7 @@ def rule(draft: Draft) -> None:
     if "train.warmup_steps" not in draft.lines:
         draft.default("train.warmup_ratio", DEFAULTS["train.warmup_ratio"])
     rules.optimizer_defaults(draft, "optim")
-    _template(draft)
+    rules.chat_format(draft, "template", CHAT_FORMATS)
     rules.take_back_unread(draft)
     rules.measuring(draft)
 
@@ -172,18 +183,6 @@ def _in_4bit(draft: Draft) -> bool:
     if bits not in (None, 4):
         draft.refuse("quantization_bit", f"{bits!r}: the base is held in 4 bits or in 16")
     return bool(bits == 4)
-
-
-def _template(draft: Draft) -> None:
-    """Decide the chat format: LLaMA-Factory's templates are its own, most of them copies of a model's."""
-    name = draft.get("template")
-    if name is None:
-        return
-    draft.set("data.template", "chatml" if name == "chatml" else "auto", "template")
-    if name != "chatml":
-        draft.notes.append(
-            f"template {name}: the model's own template is used; see it with halfbyte data show."
-        )
 
 
 def _listed(draft: Draft) -> dict[str, Any]:

@@ -345,3 +345,20 @@ def defaults(draft: Draft, settings: Mapping[str, Any]) -> None:
 
 
 EMBEDDING_RATE = Idle("adapters stand beside linear layers only, never beside embeddings")
+
+
+def chat_format(draft: Draft, key: str, ours: Mapping[str, str]) -> None:
+    """Decide the chat format by another tool's name for it.
+
+    Args:
+        draft: The recipe in the making.
+        key: The key that names it.
+        ours: Their names of formats that write what ours of that name write; any other is left to the model's own.
+    """
+    name = draft.get(key)
+    if name is None:
+        return
+    found = ours.get(name) if isinstance(name, str) else None
+    draft.set("data.template", found or "auto", key)
+    if found is None:
+        draft.notes.append(f"{key} {name}: the model's own template is used; see it with halfbyte data show.")

@@ -48,4 +48,4 @@ def refuse_resized(model: PreTrainedModel) -> None:
 def embedding_name(model: PreTrainedModel) -> str:
     """Name of the module whose rows are the tokens that the model reads."""
     embedding: object = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding)
+    return next(str(name) for name, module in model.named_modules() if module is embedding)
