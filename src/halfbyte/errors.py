@@ -89,6 +89,7 @@ CODES: dict[str, str] = {
     "HB345": "Weight in 4 bits has no values to read",
     "HB346": "Model in 4 bits belongs on the CPU",
     "HB347": "Vocabulary was resized",
+    "HB348": "Bias cannot train",
     "HB401": "Weight cannot be quantised",
     "HB402": "Operation got a tensor it does not accept",
     "HB404": "Unknown backend or instruction set",

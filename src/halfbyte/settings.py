@@ -96,6 +96,8 @@ class LoraConfig(_Section):
     """As rank_pattern, for alpha."""
     modules_to_save: list[str] = []
     """Modules trained whole in float32 and saved beside the adapter, such as lm_head; tied weights part."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base that train too: those of adapted layers, or all; their layers run unfused."""
 
 
 class DataConfig(_Section):

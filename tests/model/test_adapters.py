@@ -189,7 +189,7 @@ def test_damaged_files_are_refused(stories: Path, saved: Path) -> None:
         {"use_dora": "yes"},
         {"peft_type": "LOHA"},
         {"task_type": "SEQ_CLS"},
-        {"bias": "all"},
+        {"bias": "some"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": 1},
         {"use_rslora": "yes"},

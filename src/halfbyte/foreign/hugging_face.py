@@ -22,6 +22,7 @@ from halfbyte.foreign.keys import (
     flag,
     idle,
     number,
+    one_of,
     refused,
     whole,
 )
@@ -96,7 +97,7 @@ PEFT_KEYS: Keys = {
     "lora_dropout": Taken("lora.dropout", number),
     "peft_type": Joint("method"),
     "task_type": Refused("a causal language model is all there is", ("CAUSAL_LM",)),
-    "bias": Refused("no bias is trained beside an adapter", ("none",)),
+    "bias": Taken("lora.bias", one_of({name: name for name in ("none", "all", "lora_only")})),
     "init_lora_weights": Taken("lora.init", beginning),
     "rank_pattern": Taken("lora.rank_pattern", filled),
     "alpha_pattern": Taken("lora.alpha_pattern", filled),

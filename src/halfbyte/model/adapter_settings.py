@@ -48,7 +48,7 @@ _READ = frozenset(
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
+    "bias": ("none", "all", "lora_only"),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "use_rslora": (True, False),
     "use_dora": (True, False),
@@ -150,5 +150,6 @@ def _settings(file: Path, config: Mapping[str, Any]) -> AdapterSettings:
         rank_pattern=ranks,
         alpha_pattern=alphas,
         modules_to_save=tuple(saved),
+        bias=config.get("bias", "none"),
     )
     return AdapterSettings(spec, targets, str(config.get("base_model_name_or_path")))

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from halfbyte.model.beside import TrainedModule
+from halfbyte.model.beside import TrainedBias, TrainedModule
 from halfbyte.model.lora import LoraLinear
 from halfbyte.model.lora_init import Pair
 from halfbyte.model.lora_spec import LoraSpec, matches
@@ -24,7 +24,8 @@ _Number = TypeVar("_Number", int, float)
 
 PREFIX = "base_model.model."
 KEY = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_(?P<vector>magnitude)_vector)"
+    r"base_model\.model\.(?P<module>.+)\."
+    r"(?:lora_(?P<matrix>[AB])\.weight|lora_(?P<vector>magnitude)_vector|base_layer\.(?P<bias>bias))"
 )
 TAKEN_KEY = re.compile(r"(?P<origin>stored|dequantised)\.(?P<module>.+)\.lora_(?P<matrix>[AB])")
 
@@ -51,13 +52,14 @@ def halves(pair: Pair) -> tuple[Pair, Pair]:
 
 
 def adapter_tensors(
-    layers: Mapping[str, LoraLinear], beside: Mapping[str, TrainedModule]
+    layers: Mapping[str, LoraLinear], beside: Mapping[str, TrainedModule], biases: Mapping[str, TrainedBias]
 ) -> dict[str, Tensor]:
     """All of an adapter's tensors by PEFT's names.
 
     Args:
         layers: Adapted layers by name.
         beside: Modules that trained whole, by name.
+        biases: Modules whose biases trained and that are not adapted, by name.
     """
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -66,9 +68,20 @@ def adapter_tensors(
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B
         if layer.magnitude is not None:
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude.detach()
+        if layer.bias_change is not None:
+            tensors[f"{PREFIX}{name}.base_layer.bias"] = changed_bias(layer.base, layer.bias_change)
+    for name, biased in biases.items():
+        tensors[f"{PREFIX}{name}.bias"] = changed_bias(biased.original, biased.bias_change)
     for name, module in beside.items():
         tensors |= {f"{PREFIX}{name}.{part}": t for part, t in module.trained.state_dict().items()}
     return tensors
+
+
+def changed_bias(module: nn.Module, change: Tensor) -> Tensor:
+    """The bias that trained, in float32."""
+    bias = module.bias
+    assert isinstance(bias, Tensor)
+    return bias.detach().float() + change.detach()
 
 
 def taken_tensors(layers: Mapping[str, LoraLinear]) -> dict[str, Tensor]:

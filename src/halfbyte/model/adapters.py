@@ -6,6 +6,7 @@ adapter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +30,18 @@ from halfbyte.model.adapter_tensors import (
     shortest,
     taken_tensors,
 )
-from halfbyte.model.beside import names_to_train, outside, train_beside, trained_modules
+from halfbyte.model.beside import (
+    names_to_train,
+    outside,
+    train_beside,
+    train_biases,
+    trained_biases,
+    trained_modules,
+)
 from halfbyte.model.files import contained
 from halfbyte.model.fingerprints import write_fingerprint
 from halfbyte.model.linear4bit import Linear4bit, dense_weight, features, is_conv1d, is_linear
-from halfbyte.model.lora import adapted_modules, refuse_adapted, target_names, wrap
+from halfbyte.model.lora import adapted_modules, biases_outside, refuse_adapted, target_names, wrap
 from halfbyte.model.lora_init import Pair, residual
 from halfbyte.model.lora_spec import ALL_LINEAR, LoraSpec, matches
 from halfbyte.model.originals import Originals
@@ -50,14 +58,16 @@ class _Stored:
     """What lies in the adapter's files, by the name of the module it belongs to.
 
     Attributes:
-        matrices: `A`, `B` and, for DoRA, `magnitude` of each adapted layer.
+        matrices: `A`, `B` and, for DoRA, `magnitude` of each adapted layer; its `bias` if that trained.
         beside: The parts of each module that trained whole.
+        biases: Of modules that are not adapted.
         taken: `A` and `B` that were taken from a weight before it was held in 4 bits.
         origins: Of those: what the weight was.
     """
 
     matrices: dict[str, dict[str, StoredTensor]]
     beside: dict[str, dict[str, StoredTensor]]
+    biases: dict[str, StoredTensor]
     taken: dict[str, dict[str, StoredTensor]]
     origins: dict[str, str]
 
@@ -83,7 +93,7 @@ def save_adapter(
         raise ModelError(
             "HB322", "the model has no adapter", where=type(model).__name__, fix="add one with add_lora"
         )
-    spec, beside = common_spec(layers), trained_modules(model)
+    spec, beside, biases = common_spec(layers), trained_modules(model), trained_biases(model)
     modules = [name for name, _ in model.named_modules()]
     settings = {
         "peft_type": "LORA",
@@ -100,13 +110,13 @@ def save_adapter(
         "target_modules": shortest(list(layers), modules, matches),
         "modules_to_save": shortest(list(beside), modules, str.endswith) if beside else None,
         "fan_in_fan_out": any(_stored_transposed(layer.base) for layer in layers.values()),
-        "bias": "none",
+        "bias": spec.bias,
         "init_lora_weights": True,
     }
     taken = taken_tensors(layers)
     with whole_folder(folder) as work:
         write_json(work / CONFIG, settings)
-        save_file(adapter_tensors(layers, beside), work / WEIGHTS, metadata={"format": "pt"})
+        save_file(adapter_tensors(layers, beside, biases), work / WEIGHTS, metadata={"format": "pt"})
         if taken:
             save_file(taken, work / TAKEN)
         if fingerprint is not None:
@@ -156,12 +166,18 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> list[str]:
         specs[name] = specs[name].resized(specs[name].r // 2)
     wrap(model, specs, None)
     train_beside(model, list(beside))
+    biases = {name: _values(tensor) for name, tensor in stored.biases.items()}
+    train_biases(model, list(biases))
     with torch.no_grad():
+        for name, biased in trained_biases(model).items():
+            biased.bias_change.copy_(biases[name].float() - biased.original.bias.float())  # type: ignore[operator]
         for name, layer in adapted_modules(model).items():
             layer.lora_A.copy_(read[name]["A"])
             layer.lora_B.copy_(read[name]["B"])
             if layer.magnitude is not None:
                 layer.magnitude.copy_(read[name]["magnitude"])
+            if layer.bias_change is not None and "bias" in read[name]:
+                layer.bias_change.copy_(read[name]["bias"].float() - layer.base.bias.float())  # type: ignore[operator]
             if name in sources:
                 pair = Pair(taken[name]["A"].float(), taken[name]["B"].float())
                 layer.origin = "stored" if stored.origins[name] == "stored" else "dequantised"
@@ -179,14 +195,18 @@ def _stored(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> 
     """What the adapter's files hold, each tensor with the module it belongs to."""
     matrices: dict[str, dict[str, StoredTensor]] = {}
     beside: dict[str, dict[str, StoredTensor]] = {}
+    biases: dict[str, StoredTensor] = {}
     wanted = tuple(settings.spec.modules_to_save)
     whole = [name for name, _ in model.named_modules() if wanted and name.endswith(wanted)]  # PEFT's rule
     strange = []
     for key, tensor in read_header(contained(folder, WEIGHTS)).items():
         match = KEY.fullmatch(key)
         owner = next((name for name in whole if key.startswith(f"{PREFIX}{name}.")), None)
-        if match is not None and (match["matrix"] or settings.spec.dora):
-            matrices.setdefault(match["module"], {})[match["matrix"] or match["vector"]] = tensor
+        if match is not None and _wanted(match, settings.spec):
+            part = match["matrix"] or match["vector"] or match["bias"]
+            matrices.setdefault(match["module"], {})[part] = tensor
+        elif settings.spec.bias == "all" and key.startswith(PREFIX) and key.endswith(".bias"):
+            biases[key.removeprefix(PREFIX).removesuffix(".bias")] = tensor
         elif owner is not None:
             beside.setdefault(owner, {})[key.removeprefix(f"{PREFIX}{owner}.")] = tensor
         else:
@@ -203,10 +223,17 @@ def _stored(model: PreTrainedModel, folder: Path, settings: AdapterSettings) -> 
             fix="use a plain LoRA adapter of linear layers",
         )
     parts = {"A", "B", "magnitude"} if settings.spec.dora else {"A", "B"}
-    if single := sorted(name for name, found in matrices.items() if found.keys() != parts):
+    if single := sorted(name for name, found in matrices.items() if found.keys() - {"bias"} != parts):
         what = f"of {', '.join(single[:5])} not all of {', '.join(sorted(parts))} are there"
         raise ModelError("HB323", what, where=str(folder / WEIGHTS), fix="save the adapter again")
-    return _Stored(matrices, beside, *_taken(folder))
+    return _Stored(matrices, beside, biases, *_taken(folder))
+
+
+def _wanted(match: re.Match[str], spec: LoraSpec) -> bool:
+    """Whether the settings say that there are tensors of this kind."""
+    if match["bias"]:
+        return spec.bias != "none"
+    return bool(match["matrix"]) or spec.dora
 
 
 def _taken(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
@@ -252,6 +279,7 @@ def _refuse_misfit(model: PreTrainedModel, folder: Path, settings: AdapterSettin
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     names_to_train(model, list(stored.beside))
     faults = _matrix_faults(linear, settings.spec, stored) + _beside_faults(model, settings.spec, stored)
+    faults += _bias_faults(model, stored)
     if not faults:
         adapted = stored.matrices.keys()
         targeted = _targeted(model, settings.targets, list(linear), set(adapted))
@@ -274,7 +302,9 @@ def _matrix_faults(linear: Mapping[str, nn.Module], spec: LoraSpec, stored: _Sto
     faults = [f"the model has no linear layer {name}" for name in stored.matrices if name not in linear]
     for name in stored.matrices.keys() & linear.keys():
         (N, K), r = features(linear[name]), spec.at(name).r
-        expected = {"A": (r, K), "B": (N, r), "magnitude": (N,)}
+        expected = {"A": (r, K), "B": (N, r), "magnitude": (N,), "bias": (N,)}
+        if "bias" in stored.matrices[name] and linear[name].bias is None:
+            faults.append(f"{name} has no bias")
         faults += _misshapen(name, stored.matrices[name], expected)
     for name, found in stored.taken.items():
         if name not in stored.matrices or found.keys() != {"A", "B"} or spec.at(name).r % 2:
@@ -309,6 +339,16 @@ def _misshapen(
         for part, tensor in found.items()
         if tensor.shape != expected[part]
     ]
+
+
+def _bias_faults(model: PreTrainedModel, stored: _Stored) -> list[str]:
+    """Biases that no module has, or of other shapes."""
+    places = set(biases_outside(model, list(stored.matrices)))
+    faults = [f"the model has no bias of {name} to train" for name in stored.biases if name not in places]
+    for name in stored.biases.keys() & places:
+        (N,) = model.get_parameter(f"{name}.bias").shape
+        faults += _misshapen(name, {"bias": stored.biases[name]}, {"bias": (N,)})
+    return faults
 
 
 def _targeted(

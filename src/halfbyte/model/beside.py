@@ -1,6 +1,6 @@
-"""Modules that train whole beside a frozen base, and are saved with its adapter.
+"""Modules and biases that train beside a frozen base, and are saved with its adapter.
 
-It owns the float32 copy that trains and when it answers; it must not know adapters, files or training.
+It owns the float32 copies and changes that train, and when they answer; it must not know adapters, files or training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import ModelError
-from halfbyte.model.linear4bit import Linear4bit
+from halfbyte.model.linear4bit import Linear4bit, is_linear
 from halfbyte.model.lora_spec import matches
 
 
@@ -46,6 +46,60 @@ class TrainedModule(nn.Module):
         dtype = next(self.original.parameters()).dtype
         out = self.trained(*map(_in_float32, args), **{key: _in_float32(v) for key, v in kwargs.items()})
         return out.to(dtype) if isinstance(out, Tensor) else out
+
+
+class TrainedBias(nn.Module):
+    """A frozen module and a change of its bias that trains in float32.
+
+    Args:
+        original: A module that adds its bias to its output.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.bias_change = nn.Parameter(torch.zeros_like(original.bias, dtype=torch.float32))  # type: ignore[arg-type]
+        self.enabled = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, which transformers asks heads for."""
+        weight = self.original.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the original's, with its bias changed."""
+        y: Tensor = self.original(x)
+        return y + self.bias_change.to(y.dtype) if self.enabled else y
+
+
+def trained_biases(model: nn.Module) -> dict[str, TrainedBias]:
+    """The modules whose biases train outside of adapted layers, by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TrainedBias)}
+
+
+def train_biases(model: nn.Module, names: list[str]) -> None:
+    """Let the biases of the named modules train.
+
+    Raises:
+        ModelError: HB348 naming each module that may do something else with its bias than add it to its output.
+    """
+    other = [
+        f"{name} ({type(model.get_submodule(name)).__name__})"
+        for name in names
+        if not (is_linear(model.get_submodule(name)) or type(model.get_submodule(name)) is nn.LayerNorm)
+    ]
+    if other:
+        raise ModelError(
+            "HB348",
+            f"{', '.join(other[:5])} may do something else with its bias than add it to its output",
+            where="lora.bias",
+            fix="set lora.bias to lora_only or none",
+        )
+    for name in names:
+        module = TrainedBias(model.get_submodule(name))
+        model.set_submodule(name, module.train(module.original.training))
 
 
 def _in_float32(value: Any) -> Any:

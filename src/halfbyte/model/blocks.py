@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.model.attention import NAME
-from halfbyte.model.beside import trained_modules
+from halfbyte.model.beside import trained_biases, trained_modules
 from halfbyte.model.documents import documents_of
 from halfbyte.model.functions import run_layer
 from halfbyte.model.keep import KeepPlan, plan_keeps
@@ -240,6 +240,8 @@ def _why_not(layer: nn.Module, family: Family) -> str:
     """Why a layer cannot be fused as it is built; empty if it can."""
     if trained_modules(layer):
         return "a module of it trains whole"
+    if trained_biases(layer):
+        return "biases of it train"
     attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
     if type(getattr(mlp, family.activation)).__name__ not in ACTIVATIONS:
         return f"its activation {type(getattr(mlp, family.activation)).__name__} is none of {', '.join(ACTIVATIONS)}"
@@ -257,6 +259,8 @@ def _why_not(layer: nn.Module, family: Family) -> str:
     linear += [getattr(mlp, name) for name in (*family.up, family.down)]
     if any(isinstance(module, LoraLinear) and module.rescales for module in linear):
         return "DoRA rescales its projections"
+    if any(isinstance(module, LoraLinear) and module.trains_bias for module in linear):
+        return "biases of its projections train"
     if any(projection_of(module) is None for module in linear):
         return "one of its projections is no plain linear layer"
     return ""

@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
 from halfbyte.kernels.linear import DTYPES
-from halfbyte.model.beside import TrainedModule, names_to_train, outside, train_beside, trained_modules
+from halfbyte.model.beside import (
+    TrainedBias,
+    TrainedModule,
+    names_to_train,
+    outside,
+    train_beside,
+    train_biases,
+    trained_biases,
+    trained_modules,
+)
 from halfbyte.model.functions import run_projection
 from halfbyte.model.linear4bit import Linear4bit, dense_weight, features, is_conv1d, is_linear, multiply
 from halfbyte.model.lora_init import INITS, Pair, Site
@@ -73,6 +82,8 @@ class LoraLinear(nn.Module):
         if generator is not None:
             self._begin(generator, original or partial(dense_weight, base))
         self.magnitude = nn.Parameter(self._row_norms()) if spec.dora else None
+        trains_bias = spec.bias != "none" and isinstance(base.bias, Tensor)
+        self.bias_change = nn.Parameter(torch.zeros(N, device=device)) if trains_bias else None
 
     @property
     def start(self) -> Pair | None:
@@ -88,6 +99,11 @@ class LoraLinear(nn.Module):
     def rescales(self) -> bool:
         """Whether DoRA has a hand in the output."""
         return self.enabled and self.magnitude is not None
+
+    @property
+    def trains_bias(self) -> bool:
+        """Whether a change of the bias has a hand in the output."""
+        return self.enabled and self.bias_change is not None
 
     def rest_on(self, start: Pair, taken: Pair, weight: Tensor) -> None:
         """Let the base hold a weight (N, K) from which `taken` was taken, and which `start` makes whole."""
@@ -108,8 +124,11 @@ class LoraLinear(nn.Module):
         projection = projection_of(self)
         if projection is not None and _computes(projection, x):
             return run_projection(projection, x)
-        if self.enabled and self.magnitude is not None:
-            return self._scaled(x, self.magnitude)
+        y = self._scaled(x, self.magnitude) if self.enabled and self.magnitude is not None else self._added(x)
+        return y + self.bias_change.to(y.dtype) if self.enabled and self.bias_change is not None else y
+
+    def _added(self, x: Tensor) -> Tensor:
+        """The base's output with the branch added."""
         y: Tensor = self.base(x)
         pair = Pair(self.lora_A, self.lora_B) if self.enabled else self.start
         if pair is None:
@@ -164,12 +183,12 @@ class LoraLinear(nn.Module):
 def projection_of(module: nn.Module) -> Projection | None:
     """A linear layer as the fused kernels take it, with its branch where it is adapted; None for what they do not.
 
-    They take frozen weights, in 4 bits or dense (N, K), and no DoRA; the adapter may be ours or PEFT's.
+    They take frozen weights and biases, in 4 bits or dense (N, K), and no DoRA; the adapter may be ours or PEFT's.
     """
     branch, base = None, module
     if isinstance(module, LoraLinear):
         base = module.base
-        if module.rescales:
+        if module.rescales or module.trains_bias:
             return None
         if module.enabled:
             dropout = module.spec.dropout if module.training else 0.0
@@ -212,7 +231,7 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:
         ModelError: HB320 naming each target that matches no linear layer, HB322 when there are adapters
             already, HB340 when `spec.init` needs original weights that are not there, HB341 when it asks for more
             than a layer has, HB342 for modules that cannot train whole, HB343 naming each pattern that means no
-            adapted layer, HB347 when the model's vocabulary was resized.
+            adapted layer, HB348 for a bias that cannot train, HB347 when the model's vocabulary was resized.
     """
     names = target_names(model, spec)
     refuse_resized(model)
@@ -225,13 +244,24 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int) -> list[str]:
             where="lora.modules_to_save",
             fix="name fewer modules there, or use method full",
         )
+    biases = biases_outside(model, names) if spec.bias == "all" else []
     _refuse_unused_patterns(spec, names)
     specs = {name: spec.at(name) for name in names}
     if spec.init in DECOMPOSING:
         _refuse_ranks(model, specs)
     wrap(model, specs, torch.Generator().manual_seed(seed))
     train_beside(model, beside)
+    train_biases(model, biases)
     return names
+
+
+def biases_outside(model: nn.Module, adapted: list[str]) -> list[str]:
+    """Names of the modules with a bias that are not adapted, in the model's order."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module._parameters.get("bias"), Tensor) and name not in adapted
+    ]
 
 
 def _refuse_unused_patterns(spec: LoraSpec, names: list[str]) -> None:
@@ -371,9 +401,10 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: HB322 when the model has no adapter: a comparison with itself would look like no change.
     """
-    layers: list[LoraLinear | TrainedModule] = [
+    layers: list[LoraLinear | TrainedModule | TrainedBias] = [
         *adapted_modules(model).values(),
         *trained_modules(model).values(),
+        *trained_biases(model).values(),
     ]
     if not layers:
         raise ModelError(

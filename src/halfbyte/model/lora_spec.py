@@ -14,6 +14,7 @@ from typing import Literal, TypeVar, get_args
 from halfbyte.errors import ModelError
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
+Bias = Literal["none", "all", "lora_only"]
 Init = Literal["default", "gaussian", "pissa", "loftq"]
 DECOMPOSING: tuple[Init, ...] = ("pissa", "loftq")
 """Initialisations that take singular vectors of the weight, and change the base."""
@@ -41,6 +42,7 @@ class LoraSpec:
         rank_pattern: Rank of the layers a pattern means, in place of r; the first that matches counts.
         alpha_pattern: As `rank_pattern`, for alpha.
         modules_to_save: Modules trained whole, in float32; names as in `target_modules`.
+        bias: Which biases of the base train beside: those of adapted layers, or all there are.
 
     Raises:
         ModelError: HB321 naming every value out of range.
@@ -59,6 +61,7 @@ class LoraSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
+    bias: Bias = "none"
 
     def __post_init__(self) -> None:
         ranks = {"r": self.r, **{f"rank_pattern of {key}": r for key, r in self.rank_pattern.items()}}
@@ -77,6 +80,10 @@ class LoraSpec:
             )
         if self.init not in get_args(Init):
             faults.append(f"init is {self.init!r}, expected one of {', '.join(get_args(Init))}")
+        if self.bias not in get_args(Bias):
+            faults.append(f"bias is {self.bias!r}, expected one of {', '.join(get_args(Bias))}")
+        elif self.bias == "all" and self.modules_to_save:
+            faults.append("bias is 'all', which modules_to_save, whose biases are copies, cannot be beside")
         if self.init_iterations < 1:
             faults.append(f"init_iterations is {self.init_iterations}, expected at least 1")
         elif self.init_iterations > 1 and self.init not in DECOMPOSING:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.model import adapters, loading, lora
-from halfbyte.model.lora_spec import ALL_LINEAR, Init, LoraSpec
+from halfbyte.model.lora_spec import ALL_LINEAR, Bias, Init, LoraSpec
 from halfbyte.model.precision import computing_dtype
 from halfbyte.quant.weight import QuantSpec
 
@@ -67,6 +67,7 @@ def add_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
+    bias: Bias = "none",
     seed: int = 0,
 ) -> list[str]:
     """Put a trainable LoRA adapter beside linear layers and freeze everything else.
@@ -85,6 +86,7 @@ def add_lora(
         rank_pattern: Ranks of single layers: name endings, or regular expressions for them, with a rank each.
         alpha_pattern: As `rank_pattern`, for alpha.
         modules_to_save: Name endings of modules that train whole, in float32.
+        bias: Which biases of the base train too: `none`, those of adapted layers (`lora_only`), or `all`.
         seed: Decides the first values.
 
     Returns:
@@ -92,7 +94,7 @@ def add_lora(
 
     Raises:
         ModelError: HB320 for targets that match nothing, HB321 for bad values, HB322 for a second adapter,
-            HB340 to HB343 for what does not fit the model, HB347 when its vocabulary was resized.
+            HB340 to HB343 and HB348 for what does not fit the model, HB347 when its vocabulary was resized.
     """
     spec = LoraSpec(
         r,
@@ -106,6 +108,7 @@ def add_lora(
         rank_pattern or {},
         alpha_pattern or {},
         modules_to_save,
+        bias,
     )
     return lora.add_lora(model, spec, seed)
 
