@@ -7,7 +7,8 @@ It owns what is compared; how sides take turns is in step_vs_peers.py, and what 
 Instruction rows (alpaca_en_demo.json), 8 at a time, TinyLlama-1.1B's shape with 4 layers and random weights, LoRA of
 rank 16 beside all linear layers; TRL's own settings, which compute layers again (checkpointing), and without that.
 Useful tokens are those that are no filling. The speed is the median over pairs of steps, one of each side, of their
-ratio: whatever else the machine does meets both steps of a pair.
+ratio: whatever else the machine does meets both steps of a pair. Processor time, which other programs do not lengthen
+as they do the clock's, is compared in the same pairs.
 """
 
 from __future__ import annotations
@@ -62,11 +63,13 @@ def compared(where: str, options: dict[str, Any], rounds: int, quick: bool) -> I
         Side(name, python, "trl_side.py", {**options, "quantization": name})
         for name in ("halfbyte", "bitsandbytes")
     ]
-    ratios = []
+    ratios, work = [], []
     for number in range(rounds + 1):
-        speed = {}
+        speed, used = {}, {}
         for side in sides if number % 2 == 0 else reversed(sides):
+            before = side.processor_s()
             (step,) = side.ask(do="step", steps=1)["steps"]
+            used[side.name] = (side.processor_s() - before) / step["tokens"]
             speed[side.name] = step["tokens"] / step["seconds"]
             if number == 0:
                 side.first_loss = step["loss"]
@@ -74,12 +77,15 @@ def compared(where: str, options: dict[str, Any], rounds: int, quick: bool) -> I
                 side.steps.append(step)
         if number:
             ratios.append(speed["halfbyte"] / speed["bitsandbytes"])
+            work.append(used["bitsandbytes"] / max(used["halfbyte"], 1e-9))
     ours, theirs = sides
     for side in sides:
         side.peak_bytes = side.ask(do="memory")["VmHWM"]
         side.close()
         yield Figure(f"{where}: {side.name}, useful tokens", side.tokens_per_s, "tokens/s")
         yield Figure(f"{where}: {side.name}, peak memory", mib(side.peak_bytes), "MiB")
+    claim = f"{where}: bitsandbytes' processor time of a token over ours"
+    yield Figure(claim, statistics.median(work), "x")
     yield Figure(f"{where}: slowest pair of {rounds}", min(ratios), "x")
     yield Figure(f"{where}: fastest pair of {rounds}", max(ratios), "x")
     yield promised(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import halfbyte as hb
+from halfbyte.errors import ModelError
 
 
 def test_the_surface_is_what_it_says() -> None:
@@ -73,3 +76,58 @@ def test_scales_are_searched_when_asked_for(shared: Callable[[str], Path]) -> No
         )
         errors[scales] = float((layer(x).T - dense).square().sum())
     assert errors["mse"] < errors["absmax"]
+
+
+def another_tokenizer(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<note>"])
+    tokenizer.save_pretrained(folder)
+
+
+def another_template(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (another_tokenizer, "the tokenizer is another"),
+        (another_template, "the text of the chat format tokenizer is another"),
+    ],
+)
+def test_an_adapter_is_not_put_on_a_folder_with_other_words(
+    shared: Callable[[str], Path], tmp_path: Path, change: Callable[[Path], None], told: str
+) -> None:
+    base, other = tmp_path / "base", tmp_path / "other"
+    shutil.copytree(shared("models/stories260K-hf"), base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(base)
+    shutil.copytree(base, other)
+    change(other)
+    model = hb.load(base, dtype="float32")
+    hb.add_lora(model, r=2)
+    hb.save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
+    hb.load(base, dtype="float32", adapter=tmp_path / "adapter")
+    with pytest.raises(ModelError, match=f"HB326 .*{told}"):
+        hb.load(other, dtype="float32", adapter=tmp_path / "adapter")
+    hb.load(other, dtype="float32", adapter=tmp_path / "adapter", allow_template_mismatch=True)
+    hb.save_adapter(model, tmp_path / "unknown")
+    hb.load(other, dtype="float32", adapter=tmp_path / "unknown")
+    for file in other.glob("*token*"):
+        file.unlink()
+    hb.load(other, dtype="float32", adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_is_not_put_on_a_folder_that_cannot_write_its_chat_format(
+    shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = shared("models/stories260K-hf")
+    model = hb.load(base, dtype="float32")
+    hb.add_lora(model, r=2)
+    chatml = AutoTokenizer.from_pretrained(shared("models/base-11m"))
+    hb.save_adapter(model, tmp_path / "adapter", tokenizer=chatml, template="chatml")
+    with pytest.raises(ModelError, match="HB326 .*cannot write the chat format"):
+        hb.load(base, dtype="float32", adapter=tmp_path / "adapter")

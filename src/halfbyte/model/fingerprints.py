@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from halfbyte.data.fingerprint import FILE, Fingerprint
-from halfbyte.errors import ModelError
+from halfbyte.data.render import Renderer
+from halfbyte.errors import DataError, ModelError
 from halfbyte.model.files import contained, read_json
 from halfbyte.model.saving import write_json
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+LOAD_FIX = "load it on the folder it was trained on, or give allow_template_mismatch=True"
 FIX = (
     "set data.template and use the tokenizer as in training, or set evaluate.allow_template_mismatch to true"
 )
@@ -44,6 +49,34 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
             "HB327", what, where=str(file), fix="get the file again, or remove it to go on unchecked"
         )
     return found
+
+
+def refuse_other_words(adapter: Path, base: Path) -> None:
+    """Refuse an adapter that was trained with other words than those of a base's folder.
+
+    The base's tokenizer is looked at, and what it writes in the chat format that the adapter was trained with. An
+    adapter without a fingerprint, and a base without a tokenizer, pass.
+
+    Args:
+        adapter: Folder of the adapter.
+        base: Folder of the model that it is put on.
+
+    Raises:
+        ModelError: HB326 for a difference, HB327 and HB305 as `read_fingerprint`.
+    """
+    trained = read_fingerprint(adapter)
+    if trained is None or not any((base / name).is_file() for name in TOKENIZERS):
+        return
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    try:
+        used = Fingerprint.of(Renderer(tokenizer, trained.chat_format))  # type: ignore[arg-type]
+    except DataError as error:
+        what = f"the base's tokenizer cannot write the chat format trained with: {error.what}"
+        raise ModelError("HB326", what, where=str(adapter), fix=LOAD_FIX) from error
+    differences = trained.differences(used)
+    if differences:
+        what = f"trained with other text than the base's tokenizer writes: {', '.join(differences)}"
+        raise ModelError("HB326", what, where=str(adapter), fix=LOAD_FIX)
 
 
 def refuse_other_template(folder: Path, used: Fingerprint, *, allowed: bool = False) -> str:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halfbyte.model import adapters, loading, lora
+from halfbyte.data.fingerprint import Fingerprint
+from halfbyte.data.render import Renderer
+from halfbyte.model import adapters, fingerprints, loading, lora
 from halfbyte.model.lora_spec import ALL_LINEAR, Bias, Init, LoraSpec
 from halfbyte.model.precision import computing_dtype
 from halfbyte.quant.weight import QuantSpec
+from halfbyte.settings import TemplateName
 
 
 def load(
@@ -27,6 +30,7 @@ def load(
     scales: Literal["absmax", "mse"] = "absmax",
     dtype: torch.dtype | str | None = None,
     adapter: str | PathLike[str] | None = None,
+    allow_template_mismatch: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from a local folder.
 
@@ -38,13 +42,18 @@ def load(
         dtype: Computing dtype, as torch's or by name; None is bfloat16 where the kernels in use multiply it,
             else float32.
         adapter: Folder of a LoRA adapter in PEFT's format to put on top.
+        allow_template_mismatch: Load an adapter even though it was trained with another tokenizer or chat template
+            than the folder's.
 
     Returns:
         A transformers model in evaluation mode, frozen where it is in 4 bits.
 
     Raises:
-        ModelError: With a code for whatever is wrong with the folder or the adapter.
+        ModelError: With a code for whatever is wrong with the folder or the adapter; HB326 where these were
+            trained with other words.
     """
+    if adapter is not None and not allow_template_mismatch:
+        fingerprints.refuse_other_words(Path(adapter), Path(path))
     return loading.load(
         Path(path),
         quantization=QuantSpec(format=quantization, scales=scales) if quantization else None,
@@ -113,15 +122,25 @@ def add_lora(
     return lora.add_lora(model, spec, seed)
 
 
-def save_adapter(model: PreTrainedModel, folder: str | PathLike[str]) -> None:
+def save_adapter(
+    model: PreTrainedModel,
+    folder: str | PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    template: TemplateName = "auto",
+) -> None:
     """Write the model's adapter in PEFT's format, naming the folder the base was loaded from.
 
     Args:
         model: A model with an adapter.
         folder: Where to; written whole or not at all.
+        tokenizer: What it was trained with: `load` then refuses to put the adapter on a folder with another. None
+            leaves that open.
+        template: With `tokenizer`: the chat format that it was trained with, as `data.template` names it.
 
     Raises:
         ModelError: HB322 without an adapter, HB347 when the model's vocabulary was resized, HB316 if the folder
             cannot be written.
     """
-    adapters.save_adapter(model, Path(folder), base=str(model.name_or_path))
+    words = None if tokenizer is None else Fingerprint.of(Renderer(tokenizer, template))
+    adapters.save_adapter(model, Path(folder), base=str(model.name_or_path), fingerprint=words)
