@@ -254,7 +254,7 @@ def test_an_adapter_gives_its_part_of_a_recipe_and_says_what_is_missing(copy: Co
             AXOLOTL + "lora_rr: 8",
             "`lora_rr`: axolotl has no such key that is known here; did you mean lora_r?",
         ),
-        (AXOLOTL + "rl: dpo", "`rl`: supervised"),
+        (AXOLOTL + "rl: ipo", "`rl`: 'ipo' is none of dpo"),
         (AXOLOTL + "adapter: qlora\nload_in_4bit: true", "`lora_target_modules`: is missing"),
         (
             AXOLOTL + "adapter: llama-adapter\nlora_target_linear: true",

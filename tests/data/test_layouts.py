@@ -360,10 +360,21 @@ def test_every_format_has_a_layout_and_each_layout_recognises_its_own_columns() 
 
 
 def test_columns_of_two_formats_are_told_apart_by_the_setting_alone() -> None:
-    row = {"messages": keyed(turns("a", "b")), "prompt": "a", "chosen": "b", "rejected": "c"}
-    assert "columns fit messages and preference; set data.format" in fault(row)
+    row = {
+        "messages": keyed(turns("a", "b")),
+        "instruction": "a",
+        "chosen": "b",
+        "rejected": "c",
+        "output": "d",
+    }
+    assert "columns fit alpaca and preference; set data.format" in fault(
+        {k: v for k, v in row.items() if k != "messages"}
+    )
+    assert "columns fit preference in two ways, (messages, chosen, rejected) and (instruction" in fault(row)
     assert taken(row, "messages").objective == "sft"
-    assert taken(row, "preference").objective == "preference"
+    assert taken(row, "alpaca").objective == "sft"
+    pair = {"messages": keyed(turns("a")), "chosen": "b", "rejected": "c"}
+    assert taken(pair, "auto").objective == taken(pair, "preference").objective == "preference"
     both = {"text": "a", "sentence": "b", "label": 1}
     assert "columns fit classification in two ways, (text, label) and (sentence, label)" in fault(both)
     assert taken(both, "text").text == "a"

@@ -136,6 +136,8 @@ def _alpaca(row: Json, place: Place) -> Row:
 def _preference(row: Json, place: Place) -> Row:
     """A pair of answers to a prompt that is given, or that both begin with."""
     chosen, rejected = turns_or_text(row, "chosen"), turns_or_text(row, "rejected")
+    if "messages" in row:
+        return _pair(messages_of(row, "messages"), chosen, rejected, place)
     if "conversations" in row:
         return _pair(_conversation(row), chosen, rejected, place)
     if "instruction" in row:
@@ -241,6 +243,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("alpaca", ("instruction", "output"), _alpaca, _ALPACA),
     Layout("preference", ("prompt", "chosen", "rejected"), _preference, _TOOLS),
     Layout("preference", ("chosen", "rejected"), _preference, _TOOLS),
+    Layout("preference", ("messages", "chosen", "rejected"), _preference, _TOOLS),
     Layout("preference", ("conversations", "chosen", "rejected"), _preference, _CHAT),
     Layout("preference", ("instruction", "chosen", "rejected"), _preference, _ALPACA),
     Layout("kto", ("prompt", "completion", "label"), _kto, _TOOLS),

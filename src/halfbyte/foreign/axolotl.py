@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from halfbyte.foreign import files, rules
+from halfbyte.foreign import files, preferences, rules
 from halfbyte.foreign.draft import Draft
 from halfbyte.foreign.keys import (
     Joint,
@@ -94,9 +94,15 @@ KEYS: Keys = {
         "this kind of adapter is not there",
         "lora_target_parameters peft_layers_to_transform peft loftq_config",
     ),
-    **refused(
-        "supervised fine-tuning is all there is", "rl reward_model process_reward_model pretraining_dataset"
-    ),
+    "rl": Joint("task"),
+    "rl_beta": Taken("preference.beta", number),
+    "orpo_alpha": Taken("preference.beta", number),
+    "simpo_gamma": Taken("preference.margin", number),
+    "kto_desirable_weight": Taken("preference.good_weight", number),
+    "kto_undesirable_weight": Taken("preference.bad_weight", number),
+    **refused("this objective is not there", "cpo_alpha rpo_alpha dpo_label_smoothing", 0, 0.0),
+    **refused("this objective is not there", "dpo_use_weighting dpo_norm_loss dpo_padding_free"),
+    **refused("this kind of training is not there", "reward_model process_reward_model pretraining_dataset"),
     **refused(
         "the vocabulary stays as it is", "tokens added_tokens_overrides resize_token_embeddings_to_32x"
     ),
@@ -131,13 +137,23 @@ CHAT_FORMATS = {
     "qwen_25": "qwen2",
     "tokenizer_default": "tokenizer",
 }
-FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": "messages"}
+OBJECTIVES = {"dpo": "dpo", "simpo": "simpo", "orpo": "orpo", "kto": "kto"}
+FORMATS = {
+    "alpaca": "alpaca",
+    "sharegpt": "sharegpt",
+    "completion": "text",
+    "chat_template": "messages",
+    "chat_template.default": "preference",
+    "chat_template.argilla": "preference",
+}
 # Parts of a data set that say what is so here anyway.
 USUAL: dict[str, tuple[object, ...]] = {
     "split": ("train",),
     "ds_type": ("json",),
     "field": ("text",),
     "field_messages": ("messages",),
+    "field_chosen": ("chosen",),
+    "field_rejected": ("rejected",),
     "message_field_role": ("role",),
     "message_field_content": ("content",),
     "message_property_mappings": ({"role": "role", "content": "content"},),
@@ -173,6 +189,7 @@ def rule(draft: Draft) -> None:
     rules.schedule(draft, "lr_scheduler", "cosine")
     rules.optimizer_defaults(draft, "optimizer")
     _template(draft)
+    preferences.task(draft, OBJECTIVES, "rl")
     rules.take_back_unread(draft)
     rules.measuring(draft, by_steps=True)
     if draft.get("excess_length_strategy") is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from halfbyte.foreign import files, rules
+from halfbyte.foreign import files, preferences, rules
 from halfbyte.foreign.draft import Draft
 from halfbyte.foreign.keys import (
     UNSET,
@@ -83,7 +83,15 @@ KEYS: Keys = {
         "disable_gradient_checkpointing use_reentrant_gc",
     ),
     **idle("norms, losses and what is trained are computed in float32", "upcast_* pure_bf16"),
-    **idle("read by another stage or after training", "pref_* dpo_* kto_* ppo_* simpo_* export_* infer_*"),
+    "stage": Joint("task"),
+    "pref_loss": Joint("task"),
+    "pref_beta": Taken("preference.beta", number),
+    "simpo_gamma": Taken("preference.margin", number),
+    "kto_chosen_weight": Taken("preference.good_weight", number),
+    "kto_rejected_weight": Taken("preference.bad_weight", number),
+    **refused("this objective is not there", "pref_ftx dpo_label_smoothing pref_bco_weight", 0, 0.0),
+    **refused("the reference is the model before training", "ref_model ref_model_adapters"),
+    **idle("read by another stage or after training", "ppo_* export_* infer_*"),
     **idle(
         "read by another stage or after training",
         "temperature top_p top_k max_new_tokens num_beams do_predict",
@@ -92,7 +100,6 @@ KEYS: Keys = {
         "no part of the training", "include_num_input_tokens_seen use_fast_tokenizer low_cpu_mem_usage ray_*"
     ),
     **idle("no part of the training", "use_swanlab compute_accuracy hf_hub_token ms_hub_token media_dir"),
-    **refused("supervised fine-tuning is all there is", "stage", "sft"),
     **refused("only answers are learnt, all of them", "train_on_prompt mask_history"),
     **refused("all rows of a file are used: shorten the file", "max_samples"),
     **refused(
@@ -135,6 +142,9 @@ CHAT_FORMATS = {
     "phi": "phi3",
     "qwen": "qwen2",
 }
+STAGES = {"sft": "sft", "dpo": "dpo", "kto": "kto"}
+OBJECTIVES = {"sigmoid": "dpo", "orpo": "orpo", "simpo": "simpo", "dpo": "dpo"}
+PAIR = {"chosen": "chosen", "rejected": "rejected"}
 # Columns and tags of a listed data set that are those of our formats.
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 MESSAGES = {"messages": "messages"}
@@ -174,8 +184,18 @@ def rule(draft: Draft) -> None:
         draft.default("train.warmup_ratio", DEFAULTS["train.warmup_ratio"])
     rules.optimizer_defaults(draft, "optim")
     rules.chat_format(draft, "template", CHAT_FORMATS)
+    _task(draft)
     rules.take_back_unread(draft)
     rules.measuring(draft)
+
+
+def _task(draft: Draft) -> None:
+    """Decide the task: the stage, and of stage dpo the loss."""
+    if str(draft.get("stage")).lower() == "dpo":
+        preferences.task(draft, OBJECTIVES, "pref_loss", "stage")
+    else:
+        preferences.task(draft, STAGES, "stage")
+        draft.ignore("read by another stage", "pref_loss")
 
 
 def _in_4bit(draft: Draft) -> bool:
@@ -228,8 +248,21 @@ def _rows(draft: Draft, key: str, setting: str, listed: dict[str, Any]) -> set[s
 def _format(entry: dict[str, Any]) -> str:
     """Our format of a listed data set."""
     columns, tags = entry.get("columns", {}), entry.get("tags", {})
-    if more := set(entry) - {"file_name", "formatting", "columns", "tags"}:
+    if more := set(entry) - {"file_name", "formatting", "columns", "tags", "ranking"}:
         raise UnreadError(f"{', '.join(sorted(more))}: rows are read as their format says")
+    judgement = {name: column for name, column in columns.items() if name in (*PAIR, "kto_tag")}
+    if judgement:
+        columns = {name: column for name, column in columns.items() if name not in judgement}
+        entry = entry | {"columns": columns}
+        if entry.pop("ranking", False) and judgement == PAIR and _format(entry):
+            return "preference"
+        if judgement == {"kto_tag": "label"} and _format(entry):
+            return "kto"
+        raise UnreadError(
+            "its columns of judgements are not those of a format here: see docs/errors.md, HB202"
+        )
+    if entry.get("ranking"):
+        raise UnreadError("ranking: it names no columns chosen and rejected")
     if entry.get("formatting", "alpaca") == "alpaca" and columns.items() <= ALPACA.items() and not tags:
         return "alpaca"
     if (
