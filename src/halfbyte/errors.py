@@ -55,6 +55,11 @@ CODES: dict[str, str] = {
     "HB225": "Chat format has no place for a turn",
     "HB226": "Vocabulary lacks the chat format's tokens",
     "HB227": "Rows changed while they were read",
+    "HB230": "No room for a text",
+    "HB231": "Nothing to tell apart",
+    "HB232": "Label was never trained on",
+    "HB233": "No word can be read",
+    "HB234": "Texts cannot be compared",
     "HB301": "Model folder cannot be read",
     "HB302": "Model folder asks for its own code to be run",
     "HB303": "Weights are not safetensors",
@@ -90,6 +95,10 @@ CODES: dict[str, str] = {
     "HB346": "Model in 4 bits belongs on the CPU",
     "HB347": "Vocabulary was resized",
     "HB348": "Bias cannot train",
+    "HB350": "Not an encoder",
+    "HB351": "Head was never trained",
+    "HB352": "Labels cannot be read",
+    "HB353": "Unknown pooling",
     "HB401": "Weight cannot be quantised",
     "HB402": "Operation got a tensor it does not accept",
     "HB404": "Unknown backend or instruction set",
@@ -109,6 +118,8 @@ CODES: dict[str, str] = {
     "HB604": "Model answers with numbers that are not finite",
     "HB605": "Metrics cannot be drawn",
     "HB606": "Optional package is missing",
+    "HB610": "Classes have no probabilities",
+    "HB611": "Vectors are not finite",
 }
 
 FAULTS_SHOWN = 20

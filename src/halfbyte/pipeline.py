@@ -23,7 +23,6 @@ from halfbyte.govern.manifest import manifest
 from halfbyte.govern.run_folder import RunFolder, check_free
 from halfbyte.kernels import backends
 from halfbyte.model import blocks
-from halfbyte.model.adapters import load_adapter
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
 from halfbyte.model.heads import head_route
@@ -116,7 +115,7 @@ def run(
     display = tracked(watch.training(config.train.log_steps), config, folder.path, watch.note)
     how = replace(_how(task, model), display=display, resume=checkpoint)
     with folder.phase("train"):
-        training = train(model, task.rows.train, config.train, how)
+        training = train(model, task.rows.train, task.config.train, how)
     folder.event("head", **head_route(model)._asdict())
     result = folder / result_name(config)
     with _phase("save", folder, watch) as part:
@@ -191,7 +190,7 @@ def rehearse(config: Config, overwrite: bool = False, *, watch: Watch | None = N
         _choose_kept(task, model)
         with enough_memory("measuring the longest held-out rows"):
             task.longest_held_out().measure(model, part.progress)
-        trial = rehearse_training(model, task.rows.train, config.train, _how(task, model))
+        trial = rehearse_training(model, task.rows.train, task.config.train, _how(task, model))
         part.say(f"{trial.tokens:,} tokens in {trial.seconds:.2f} s")
     return Rehearsal(task, task.plan(), trial)
 
@@ -215,11 +214,7 @@ def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None
         watch.note(f"{len(skipped):,} bad rows skipped" + listed(list(map(str, skipped))))
     _check_template(task, [Path(config.model), *([adapter] if adapter else [])], watch)
     with watch.part("load model") as part:
-        model = task.load(part.progress)
-        task.check_fit(model)
-        task.begin(model, part.progress)
-        if adapter is not None:
-            load_adapter(model, adapter)
+        model = task.load_trained(adapter, part.progress)
     with watch.part("measure") as part:
         measured = task.measure(model, part.progress)
         part.say(measured.described())

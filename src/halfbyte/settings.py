@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic_core import PydanticCustomError
 
 Method = Literal["full", "lora", "qlora"]
-TaskName = Literal["sft", "dpo", "simpo", "orpo", "kto"]
+TaskName = Literal["sft", "dpo", "simpo", "orpo", "kto", "classify", "tag", "embed"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal[
     "auto",
@@ -25,6 +25,8 @@ DataFormat = Literal[
     "preference",
     "kto",
     "classification",
+    "tagging",
+    "similarity",
 ]
 TemplateName = Literal[
     "auto",
@@ -296,7 +298,8 @@ class Config(_Section):
     """Folder of the base model in Hugging Face's layout; in a settings file relative to that file's folder."""
     task: TaskName = "sft"
     """What the model is tuned for: sft to write the rows' answers; dpo, simpo, orpo to prefer one answer to another;
-    kto to prefer answers that were found good."""
+    kto to prefer answers that were found good; of an encoder classify to tell a text's label, tag each word's,
+    embed to give vectors that are near where texts are alike."""
     method: Method = "qlora"
     """full trains every weight, lora an adapter, qlora an adapter on a base held in 4 bits."""
     dtype: Dtype = "auto"

@@ -261,14 +261,15 @@ def test_loaded_models_use_it_and_saved_settings_do_not_name_it(
 def test_mask_functions_are_read_exactly_or_not_at_all() -> None:
     of, m = documents.pattern_of, documents.masking_utils
     packed = torch.tensor([[0, 0, 1]])
-    assert of(m.causal_mask_function) == (0, None)
-    assert of(m.sliding_window_causal_mask_function(7)) == (7, None)
+    assert of(m.causal_mask_function) == (0, None, True)
+    assert of(m.sliding_window_causal_mask_function(7)) == (7, None, True)
+    assert of(m.bidirectional_mask_function) == (0, None, False)
     both = of(m.and_masks(m.sliding_window_causal_mask_function(7), m.packed_sequence_mask_function(packed)))
     assert both is not None
     assert both.window == 7
     assert both.packed is packed
     for unknown in (
-        m.bidirectional_mask_function,
+        m.sliding_window_bidirectional_mask_function(7),
         m.sliding_window_overlay(7),
         m.or_masks(m.causal_mask_function, m.bidirectional_mask_function),
         m.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)),

@@ -172,21 +172,33 @@ def _files(result: RunResult) -> RenderableType:
     return _facts({name: meaning for name, meaning in listed.items() if (folder / name).exists()})
 
 
+AUTO_CLASSES = {
+    "classify": "AutoModelForSequenceClassification",
+    "tag": "AutoModelForTokenClassification",
+    "embed": "AutoModel",
+}
+"""transformers' classes for models that generate nothing."""
+
+
 def _use(result: RunResult) -> Text:
     """Lines of Python that load what was trained."""
     s = result.summary.setting
+    kind = AUTO_CLASSES.get(s.task, "AutoModelForCausalLM")
     if s.method == "full":
-        return Text(
-            "  from transformers import AutoModelForCausalLM\n"
-            f'  model = AutoModelForCausalLM.from_pretrained("{result.result}")'
-        )
+        return Text(f'  from transformers import {kind}\n  model = {kind}.from_pretrained("{result.result}")')
+    task = f', task="{s.task}"' if s.task in AUTO_CLASSES else ""
+    labels, names = "", ""
+    if (result.result / "labels.json").exists():
+        labels = f'  labels = json.load(open("{result.result}/labels.json"))["labels"]\n'
+        names = ", id2label=dict(enumerate(labels))"
     quantization = f', quantization="{s.weights}", scales="{s.scales}"' if s.method == "qlora" else ""
     return Text(
         "  import halfbyte as hb                              # on the very weights it was trained on\n"
-        f'  model = hb.load("{s.model}"{quantization}, adapter="{result.result}")\n\n'
-        "  from transformers import AutoModelForCausalLM      # or anywhere PEFT runs\n"
+        f'  model = hb.load("{s.model}"{task}{quantization}, adapter="{result.result}")\n\n'
+        f"  {f'from transformers import {kind}':<50} # or anywhere PEFT runs\n"
         "  from peft import PeftModel\n"
-        f'  base = AutoModelForCausalLM.from_pretrained("{s.model}")\n'
+        f"{labels}"
+        f'  base = {kind}.from_pretrained("{s.model}"{names})\n'
         f'  model = PeftModel.from_pretrained(base, "{result.result}")'
     )
 

@@ -77,6 +77,8 @@ FORMATS_FOR: Mapping[Objective, str] = {
     "preference": "preference",
     "kto": "kto",
     "classification": "classification",
+    "tagging": "tagging",
+    "similarity": "similarity",
 }
 """Formats whose rows an objective learns from."""
 
@@ -180,7 +182,8 @@ class Checker:
 def fault_of(row: Row) -> str:
     """Why nothing can be learnt from a row, or an empty text."""
     if row.messages is None:
-        blank = not (row.text or "").strip() or (row.text_pair is not None and not row.text_pair.strip())
+        texts = [row.text or "", *(text for text in (row.text_pair, row.negative) if text is not None)]
+        blank = not all(text.strip() for text in texts)
         return "the text is blank" if blank else ""
     if reason := _unanswered(row.messages):
         return reason

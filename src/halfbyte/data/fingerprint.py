@@ -17,9 +17,13 @@ import numpy as np
 from halfbyte.data.tokenise import Encoder
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from halfbyte.data.render import Renderer
 
 FILE = "halfbyte.json"
+NO_FORMAT = "none"
+"""In place of a chat format's name, where texts are given to a model as they are."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,18 @@ class Fingerprint:
             hashlib.sha256(renderer.template_text.encode()).hexdigest(),
             _tokenizer_digest(Encoder(renderer.tokenizer)),
         )
+
+    @classmethod
+    def of_texts(cls, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
+        """Of a tokenizer whose own special tokens are all that is put around texts.
+
+        Raises:
+            DataError: HB209 if the tokenizer has no fast form.
+        """
+        encoder = Encoder(tokenizer)
+        processor = json.loads(tokenizer.backend_tokenizer.to_str()).get("post_processor")
+        canonical = json.dumps(_without_unset(processor), sort_keys=True)
+        return cls(NO_FORMAT, hashlib.sha256(canonical.encode()).hexdigest(), _tokenizer_digest(encoder))
 
     @classmethod
     def parse(cls, facts: Mapping[str, Any]) -> Fingerprint | None:

@@ -22,8 +22,10 @@ from halfbyte.data.turns import (
     conversation_of,
     history_of,
     messages_of,
+    number_of,
     optional_text,
     text_of,
+    texts_of,
     truth_of,
     turns_or_text,
 )
@@ -179,6 +181,38 @@ def _classified(*columns: str) -> Callable[[Json, Place], Row]:
     return parse
 
 
+def _tagged(column: str) -> Callable[[Json, Place], Row]:
+    """Rows of words with a tag each."""
+
+    def parse(row: Json, place: Place) -> Row:
+        words, tags = texts_of(row, "tokens"), texts_of(row, column)
+        if len(words) != len(tags):
+            raise BadRowError(f"{len(words)} tokens with {len(tags)} tags")
+        if not words:
+            raise BadRowError("column 'tokens': it is empty")
+        if blank := [at for at, word in enumerate(words, 1) if not word.strip()]:
+            raise BadRowError(f"column 'tokens': entry {blank[0]} is blank")
+        return Row(None, " ".join(words), *place, "text", tags=tuple(zip(words, tags, strict=True)))
+
+    return parse
+
+
+def _alike(row: Json, place: Place) -> Row:
+    negative = text_of(row, "negative") if "negative" in row else None
+    first, second = text_of(row, "anchor"), text_of(row, "positive")
+    return Row(None, first, *place, "text", text_pair=second, negative=negative)
+
+
+def _scored(first: str, second: str) -> Callable[[Json, Place], Row]:
+    """Rows of two texts and how alike they are."""
+
+    def parse(row: Json, place: Place) -> Row:
+        texts = text_of(row, first), text_of(row, second)
+        return Row(None, texts[0], *place, "text", text_pair=texts[1], score=number_of(row, "score"))
+
+    return parse
+
+
 def _conversation(row: Json) -> Turns:
     """ShareGPT's turns, behind the system message that may stand in a column of its own."""
     turns = conversation_of(row, "conversations")
@@ -257,4 +291,9 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("classification", ("premise", "hypothesis", "label"), _classified("premise", "hypothesis")),
     Layout("classification", ("question", "sentence", "label"), _classified("question", "sentence")),
     Layout("classification", ("question1", "question2", "label"), _classified("question1", "question2")),
+    Layout("tagging", ("tokens", "tags"), _tagged("tags")),
+    Layout("tagging", ("tokens", "ner_tags"), _tagged("ner_tags")),
+    Layout("similarity", ("anchor", "positive"), _alike, ("negative",)),
+    Layout("similarity", ("text", "text_pair", "score"), _scored("text", "text_pair")),
+    Layout("similarity", ("sentence1", "sentence2", "score"), _scored("sentence1", "sentence2")),
 )

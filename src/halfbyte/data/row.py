@@ -14,7 +14,7 @@ from typing import Literal, get_args
 Json = dict[str, object]
 Role = Literal["system", "user", "assistant", "tool"]
 Style = Literal["chat", "completion", "text"]
-Objective = Literal["sft", "preference", "kto", "classification"]
+Objective = Literal["sft", "preference", "kto", "classification", "tagging", "similarity"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -62,6 +62,9 @@ class Row:
         label: Whether the answer is a good one, or the class of the text: its name or its number from 0.
         text_pair: The second of two texts that are classified together.
         tools: Tools the assistant may call, as JSON schemas of functions.
+        tags: The class of each of the text's words, with the word; none for other rows.
+        negative: A text that is unlike `text`, while `text_pair` is like it; or None.
+        score: How alike the two texts are; None where they simply are.
     """
 
     messages: Turns | None
@@ -73,6 +76,9 @@ class Row:
     label: bool | int | str | None = None
     text_pair: str | None = None
     tools: tuple[Json, ...] = ()
+    tags: tuple[tuple[str, str], ...] = ()
+    negative: str | None = None
+    score: float | None = None
 
     @property
     def where(self) -> str:
@@ -81,9 +87,14 @@ class Row:
 
     @property
     def objective(self) -> Objective:
-        """What it can teach: words to write (sft), which answer is better, whether one is good, or a class."""
+        """What it can teach: words to write (sft), which answer is better, whether one is good, a class, classes of
+        words, or which texts are alike."""
         if self.rejected is not None:
             return "preference"
+        if self.tags:
+            return "tagging"
+        if self.label is None and self.text_pair is not None:
+            return "similarity"
         if self.label is None:
             return "sft"
         return "classification" if self.messages is None else "kto"
@@ -99,6 +110,9 @@ class Row:
                 "label": self.label,
                 "text_pair": self.text_pair,
             }
+        beside = {"tags": self.tags, "negative": self.negative, "score": self.score}
+        if isinstance(words, dict):
+            words |= {name: value for name, value in beside.items() if value not in (None, ())}
         if self.tools:
             words = {"tools": self.tools, "words": words}
         canonical = json.dumps(words, ensure_ascii=False, separators=(",", ":"))

@@ -5,6 +5,8 @@ It owns how one value is judged; it must not know which columns make a row.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 
@@ -44,6 +46,34 @@ def text_of(row: Json, column: str, place: str = "column") -> str:
         raise BadRowError(f"{place} {column!r}: got {kind(value)}, expected text")
     refuse_odd_characters(value, f"{place} {column!r}")
     return value
+
+
+def texts_of(row: Json, column: str) -> list[str]:
+    """An array of texts; numbers stand for their names."""
+    values = row[column]
+    if isinstance(values, str):
+        try:
+            values = json.loads(values)
+        except ValueError:
+            raise BadRowError(f"column {column!r}: got text, expected an array") from None
+    if not isinstance(values, list):
+        raise BadRowError(f"column {column!r}: got {kind(values)}, expected an array")
+    named = [str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]
+    return [text_of({column: value}, column, f"entry {at} of column") for at, value in enumerate(named, 1)]
+
+
+def number_of(row: Json, column: str) -> float:
+    """A finite number, also as text."""
+    value = row[column]
+    try:
+        number = (
+            float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+        )
+    except ValueError:
+        number = None
+    if number is None or not math.isfinite(number):
+        raise BadRowError(f"column {column!r}: got {kind(value)}, expected a number")
+    return number
 
 
 def optional_text(row: Json, column: str) -> str:

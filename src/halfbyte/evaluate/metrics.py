@@ -6,9 +6,9 @@ It owns the list of metrics and the form of a measured one; it must not know how
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from halfbyte.evaluate.statistics import Interval, Score
+from halfbyte.evaluate.statistics import Interval, Score, paired_difference
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,22 @@ KINDS = {
     "reward_accuracy": Kind("reward accuracy", 1, 1, percent=True),
     "reward_margin": Kind("reward margin", 3, 1),
     "preference_loss": Kind("preference loss", 3, -1),
+    "accuracy": Kind("accuracy", 1, 1, percent=True),
+    "macro_f1": Kind("macro F1", 3, 1),
+    "matthews": Kind("Matthews correlation", 3, 1),
+    "label_loss": Kind("held-out loss", 3, -1),
+    "recall_at_1": Kind("recall at 1", 1, 1, percent=True),
+    "mrr": Kind("mean reciprocal rank", 3, 1),
+    "spearman": Kind("Spearman correlation", 3, 1),
+    "tag_accuracy": Kind("accuracy of words", 1, 1, percent=True),
 }
+
+
+class Counts(Protocol):
+    """What a metric that is no sum over items is computed from."""
+
+    def difference(self, after: object, *, resamples: int, seed: int) -> Interval:
+        """The same metric of other answers to the same items minus this one."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +67,34 @@ class Metric:
         interval: Value and interval.
         scores: One per item, so that two measurements of the same items can be compared item by item.
         follows: Metric that rises and falls with this one and whose verdict is this one's, instead of `scores`.
+        counts: What it is computed from where that is no sum over items, instead of `scores`.
     """
 
     name: str
     interval: Interval
     scores: tuple[Score, ...] = ()
     follows: str | None = None
+    counts: Counts | None = None
 
     @property
     def kind(self) -> Kind:
         """How it is written and read."""
         return KINDS[self.name]
+
+    def difference(self, after: Metric, *, resamples: int, seed: int) -> Interval:
+        """The same metric after minus this one, item by item.
+
+        Args:
+            after: Measured on the same items.
+            resamples: Of the bootstrap.
+            seed: Of the bootstrap.
+
+        Raises:
+            EvaluateError: HB602 if the items are not the same.
+        """
+        if self.counts is not None:
+            return self.counts.difference(after.counts, resamples=resamples, seed=seed)
+        return paired_difference(self.scores, after.scores, resamples=resamples, seed=seed)
 
     def described(self) -> str:
         """Name and value."""

@@ -280,6 +280,27 @@ def _bca_ends(x: Float, y: Float, value: float, ratios: Float, level: float) -> 
     return float(low), float(high)
 
 
+def percentile_ends(values: Float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Ends of the percentile interval of a resampled number, widened for few items as `bootstrap_ratio`'s are.
+
+    Args:
+        values: (resamples,) the number in each resample.
+        n: Items, at least 2.
+        level: Two-sided coverage, between 0 and 1.
+
+    Raises:
+        EvaluateError: HB601 for a level out of range, or fewer than 100 resamples.
+
+    Source: Hesterberg, "What teachers should know about the bootstrap" (2015), section 5.3, expanded percentiles.
+    """
+    if values.size < 100:
+        raise EvaluateError("HB601", f"got {values.size} resamples, expected at least 100")
+    _check_level(level)
+    z = math.sqrt(n / (n - 1.0)) * _student_t((1.0 + level) / 2.0, n - 1)
+    low, high = np.quantile(values, [_NORMAL.cdf(-z), _NORMAL.cdf(z)])
+    return float(low), float(high)
+
+
 def _student_t(probability: float, freedom: int) -> float:
     """Quantile of Student's t, to 0.1 % from four degrees of freedom up and too small below.
 

@@ -13,6 +13,7 @@ from typing import Any
 from halfbyte.errors import ModelError
 from halfbyte.model.files import PICKLED, contained, read_json
 from halfbyte.model.lora_spec import LoraSpec
+from halfbyte.model.purpose import TASK_TYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -47,7 +48,7 @@ _READ = frozenset(
 # What these settings may be; others of the same name change the base or add what is not in the file.
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
+    "task_type": (*TASK_TYPES.values(), None),
     "bias": ("none", "all", "lora_only"),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "use_rslora": (True, False),
@@ -63,11 +64,13 @@ class AdapterSettings:
         spec: Ranks, scales, patterns and modules that train whole.
         targets: Which layers are adapted: names, `all-linear`, or a pattern.
         base: The model it was made for.
+        task_type: PEFT's name of what that model is for; None where it is not said.
     """
 
     spec: LoraSpec
     targets: str | list[str]
     base: str
+    task_type: str | None = None
 
 
 def read_settings(folder: Path) -> AdapterSettings:
@@ -152,4 +155,4 @@ def _settings(file: Path, config: Mapping[str, Any]) -> AdapterSettings:
         modules_to_save=tuple(saved),
         bias=config.get("bias", "none"),
     )
-    return AdapterSettings(spec, targets, str(config.get("base_model_name_or_path")))
+    return AdapterSettings(spec, targets, str(config.get("base_model_name_or_path")), config.get("task_type"))

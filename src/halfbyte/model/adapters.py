@@ -45,6 +45,7 @@ from halfbyte.model.lora import adapted_modules, biases_outside, refuse_adapted,
 from halfbyte.model.lora_init import Pair, residual
 from halfbyte.model.lora_spec import ALL_LINEAR, LoraSpec, matches
 from halfbyte.model.originals import Originals
+from halfbyte.model.purpose import LABELLED, LABELS, TASK_TYPES, labels_of, purpose_of
 from halfbyte.model.saving import whole_folder, write_json
 from halfbyte.model.stored import StoredTensor, read_header
 from halfbyte.model.vocabulary import FIX, embedding_name, refuse_resized
@@ -97,7 +98,7 @@ def save_adapter(
     modules = [name for name, _ in model.named_modules()]
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": TASK_TYPES[purpose_of(model)],
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": spec.r,
@@ -121,6 +122,8 @@ def save_adapter(
             save_file(taken, work / TAKEN)
         if fingerprint is not None:
             write_fingerprint(work, fingerprint)
+        if purpose_of(model) in LABELLED:
+            write_json(work / LABELS, {"labels": labels_of(model.config)})
 
 
 def _plain(alpha: float) -> float:
@@ -280,6 +283,8 @@ def _refuse_misfit(model: PreTrainedModel, folder: Path, settings: AdapterSettin
     names_to_train(model, list(stored.beside))
     faults = _matrix_faults(linear, settings.spec, stored) + _beside_faults(model, settings.spec, stored)
     faults += _bias_faults(model, stored)
+    if settings.task_type not in (None, made_for := TASK_TYPES[purpose_of(model)]):
+        faults.append(f"it is for {settings.task_type}, the model is loaded for {made_for}")
     if not faults:
         adapted = stored.matrices.keys()
         targeted = _targeted(model, settings.targets, list(linear), set(adapted))

@@ -113,6 +113,8 @@ def attention(
     _note(type(layer).__name__, backend, why)
     if backend == NAME:
         return call.run(), None
+    if backend == "sdpa" and call.is_packed:
+        return call.side_by_side(layer), None
     if backend == "sdpa":
         return sdpa_attention_forward(layer, query, key, value, call.long_mask(), **features)
     eager = _eager_function(layer)
@@ -140,6 +142,12 @@ class _Call:
         self.documents = None if told is None else told.documents
         if told is not None and told.window is not None:
             self.window = told.window
+        if told is not None and told.both_ways:
+            self.causal = False
+        bounds = features.get("cu_seq_lens_q")
+        if told is None and not self.causal and bounds is not None and len(bounds) > 2:
+            what = "packed documents that see both ways under a mask that is no set of documents"
+            raise ModelError("HB317", what, fix="set train.packing to false")
 
     def backend(self) -> tuple[str, str]:
         """Who computes, and why."""
@@ -178,6 +186,38 @@ class _Call:
             causal=self.causal,
             window=self.window or None,
         )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents that see both ways, and nothing else is told of the scores."""
+        features = self.features
+        biased = features.get("position_bias") is not None or features.get("cache") is not None
+        plain = not self.causal and not self.window and not biased
+        return plain and self.documents is not None and len(self.documents) > self.B
+
+    def side_by_side(self, layer: nn.Module) -> Tensor:
+        """sdpa's answer with each document in a row of its own: packed in one, T x T scores would be masked.
+
+        Returns:
+            (B, T, H, D), zero on padding.
+        """
+        assert self.documents is not None
+        row, first, end = self.documents.long().unbind(1)
+        lengths = end - first
+        n, L = len(lengths), int(lengths.max())
+        place = torch.arange(L)[None, :]  # (1, L)
+        real = place < lengths[:, None]  # (n, L)
+        taken = (row * self.T + first)[:, None] + place.clamp(max=lengths[:, None] - 1)  # (n, L)
+        q, k, v = (
+            _rows(x).flatten(0, 1)[taken.to(x.device)].transpose(1, 2)  # (n, H, L, D)
+            for x in (self.query, self.key, self.value)
+        )
+        alone = torch.stack([torch.arange(n), torch.zeros_like(lengths), lengths], dim=1)
+        seen = full_mask(alone, n, L, causal=False, window=0).to(q.device)
+        out, _ = sdpa_attention_forward(layer, q, k, v, seen, **self.features)  # (n, L, H, D)
+        flat = out.new_zeros(self.B * self.T, *out.shape[2:])
+        flat = flat.index_copy(0, taken[real].to(out.device), out[real.to(out.device)])
+        return flat.view(self.B, self.T, *out.shape[2:])
 
     def long_mask(self, *, always: bool = False) -> Tensor | None:
         """The mask for attention that reads no documents.
@@ -229,7 +269,7 @@ def mask(
         **how: What transformers' own mask functions take besides.
 
     Returns:
-        None for whole rows that are causal; the short form (see `documents`) where it can say it; else what
+        None for whole rows; the short form (see `documents`) where it can say it; else what
         `masking_utils.sdpa_mask` makes.
     """
     pattern = pattern_of(mask_function)

@@ -3,8 +3,8 @@
 It owns the meaning of transformers' masks and their short form; it must not know which attention reads them.
 
 A mask's short form is an (n, 4) int32 tensor, one row for each document: batch row, first token, token after the
-last, window (0 where there is none). It says what a causal mask of T x T numbers says, as long as every document
-is a run of tokens.
+last, window (0 where there is none, -1 where tokens see later ones too). It says what a mask of T x T numbers says,
+as long as every document is a run of tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from halfbyte.kernels.scope import Scope
 
 Mask = Callable[..., Any]
 
+BOTH_WAYS = -1
+"""In place of a short form's window: every token sees its whole document."""
+
 
 class Pattern(NamedTuple):
     """What a mask function of transformers says, padding aside.
@@ -30,10 +33,12 @@ class Pattern(NamedTuple):
     Args:
         window: Token i sees token j only if i - window < j; 0 for no such limit.
         packed: (B, T) numbers of documents; None where each row is one.
+        causal: Whether no token sees a later one.
     """
 
     window: int = 0
     packed: Tensor | None = None
+    causal: bool = True
 
 
 class Told(NamedTuple):
@@ -42,10 +47,12 @@ class Told(NamedTuple):
     Args:
         documents: (n, 3) int32, see `kernels.attention`.
         window: As in `Pattern`, where the mask was made for this kind of layer; None where it says nothing of it.
+        both_ways: Whether the mask says that tokens see later ones too.
     """
 
     documents: Tensor
     window: int | None = None
+    both_ways: bool = False
 
 
 def documents_of(B: int, T: int, mask: Tensor | None, features: Mapping[str, Any]) -> Told | None:
@@ -60,13 +67,14 @@ def documents_of(B: int, T: int, mask: Tensor | None, features: Mapping[str, Any
     Returns:
         None where the mask says more than documents can, or another thing.
     """
-    bounds, window = features.get("cu_seq_lens_q"), None
+    bounds, window, both_ways = features.get("cu_seq_lens_q"), None, False
     if mask is None:
         documents = from_positions(features.get("position_ids"), B, T)
     elif mask.dim() != 2:
         return None
     elif is_short(mask):  # made for this kind of layer: surer than what a layer says of itself
-        documents, window = mask[:, :3], int(mask[0, 3]) if len(mask) else 0
+        documents, said = mask[:, :3], int(mask[0, 3]) if len(mask) else 0
+        window, both_ways = max(said, 0), said == BOTH_WAYS
     else:
         short = from_padding(mask, B, T)
         if short is None:
@@ -74,7 +82,7 @@ def documents_of(B: int, T: int, mask: Tensor | None, features: Mapping[str, Any
         documents = short[:, :3]
     if bounds is not None and B == 1:
         documents = from_bounds(bounds, T)
-    return Told(whole_rows(B, T) if documents is None else documents, window)
+    return Told(whole_rows(B, T) if documents is None else documents, window, both_ways)
 
 
 def _code(function: Mask | None) -> CodeType | None:
@@ -86,15 +94,19 @@ _AND = _code(masking_utils.and_masks(masking_utils.causal_mask_function))
 _WINDOW = _code(masking_utils.sliding_window_overlay(1))
 _PACKED = _code(masking_utils.packed_sequence_mask_function(torch.zeros(1, 1)))
 _remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # transformers 5.10 does without
+_BOTH_WAYS = getattr(masking_utils, "bidirectional_mask_function", None)
 _REMAPPED = _code(_remap(masking_utils.causal_mask_function, torch.zeros(1, 1))) if _remap else None
 
 
 def pattern_of(function: Mask) -> Pattern | None:
-    """What a mask function says, if it is causal with at most a window and packed documents; else None.
+    """What a mask function says, if it is causal with at most a window and packed documents, or both ways without a
+    window; else None.
 
     Args:
         function: As `masking_utils` makes them.
     """
+    if _BOTH_WAYS is not None and function is _BOTH_WAYS:
+        return Pattern(causal=False)
     parts = _parts(function)
     if masking_utils.causal_mask_function not in parts:
         return None
@@ -142,7 +154,8 @@ def short_mask(pattern: Pattern, B: int, T: int, padding: Tensor | None) -> Tens
             return None
         numbers = torch.where(kept, numbers.expand(B, T), -1)
     documents = from_numbers(numbers.expand(B, T))
-    return torch.cat([documents, torch.full_like(documents[:, :1], pattern.window)], dim=1)
+    window = pattern.window if pattern.causal else BOTH_WAYS
+    return torch.cat([documents, torch.full_like(documents[:, :1], window)], dim=1)
 
 
 def from_numbers(numbers: Tensor) -> Tensor:

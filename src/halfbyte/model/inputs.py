@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from halfbyte.data.pack import Batch
 
@@ -42,3 +44,11 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Where positions begin: RoBERTa's, behind that of padding."""
+    for name, module in model.base_model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0

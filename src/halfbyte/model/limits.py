@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.data.tokenise import Example
 from halfbyte.errors import DataError, listed
+from halfbyte.model.inputs import first_position
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Limits:
         return cls(
             vocabulary,
             len(head) if head is not None else vocabulary,
-            positions if isinstance(positions, int) and positions > 0 else None,
+            positions - first_position(model) if isinstance(positions, int) and positions > 0 else None,
         )
 
     def hold(self, lowest: int, highest: int, longest: int) -> bool:

@@ -20,8 +20,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from halfbyte.errors import KernelError, ModelError
 from halfbyte.kernels import ops
 from halfbyte.model.adapters import load_adapter
+from halfbyte.model.beside import outside, trained_modules
 from halfbyte.model.files import ModelFolder, open_model_folder
 from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
+from halfbyte.model.purpose import Head, begin, head_modules, is_of_another_head, may_begin, unread_modules
 from halfbyte.model.skeleton import Slot, build_skeleton, slots
 from halfbyte.model.stored import StoredTensor
 from halfbyte.quant.formats import entry_names, from_bitsandbytes, quantised_names
@@ -62,8 +64,9 @@ def load(
     dtype: torch.dtype,
     adapter: str | Path | None = None,
     progress: Progress | None = None,
+    head: Head | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder of safetensors.
+    """Load a model from a folder of safetensors.
 
     Each tensor is read, checked, put into its place or quantised, and forgotten before the next: the most
     memory used beyond the model's own is about twice the largest tensor. Embeddings and the output head keep
@@ -76,18 +79,21 @@ def load(
         dtype: Of everything that is not in 4 bits: float32, bfloat16 or float16.
         adapter: Folder of a LoRA adapter in PEFT's format to put on top.
         progress: Told how far reading is.
+        head: What stands on an encoder, in float32; a head of its own is taken from the folder where that has these
+            labels, and begins anew elsewhere. None for a causal language model.
 
     Returns:
         The model in evaluation mode. In 4 bits it is frozen; without quantization its parameters require
         gradients.
 
     Raises:
-        ModelError: HB301 to HB315 for the folder, HB322 to HB325 for the adapter.
+        ModelError: HB301 to HB315 for the folder, HB322 to HB325 for the adapter, HB350 for a model that is no
+            encoder, HB351 for a head that neither folder nor adapter holds and that may not begin.
     """
     folder = open_model_folder(path)
     stored_in_4bit = _stored_in_4bit(folder)
-    model = build_skeleton(folder, dtype)
-    entries = _match(folder, model)
+    model = build_skeleton(folder, dtype, head)
+    entries, fresh = _match(folder, model, head)
     if any(entry.is_4bit for entry in entries) != stored_in_4bit:
         _wrong_tensors(
             folder, model, "HB314", "config.json and the weights disagree on whether they are in 4 bits"
@@ -97,12 +103,16 @@ def load(
     _fill(model, entries, None if stored_in_4bit else quantization, progress)
     if stored_in_4bit:
         _refuse_other_quantisation(folder, model, quantization)
+    begin(model, fresh, head.seed or 0 if head is not None else 0)
     _refuse_unfilled(folder, model)
     if any(isinstance(module, Linear4bit) for module in model.modules()):
         model.requires_grad_(False)
     _load_generation_config(folder, model)
     if adapter is not None:
         load_adapter(model, Path(adapter))
+    if head is not None and head.seed is None:
+        untrained = outside(fresh, unread_modules(model))
+        _refuse_untrained(folder, set(untrained) - trained_modules(model).keys())
     model.train(False)
     return model
 
@@ -134,13 +144,19 @@ def _stored_in_4bit(folder: ModelFolder) -> bool:
     )
 
 
-def _match(folder: ModelFolder, model: PreTrainedModel) -> list[_Entry]:
+def _match(
+    folder: ModelFolder, model: PreTrainedModel, head: Head | None = None
+) -> tuple[list[_Entry], list[str]]:
     """Pair what is stored with what the model wants, and refuse the folder if anything is over or short.
+
+    Returns:
+        What is to be read, and the names of modules that begin anew.
 
     Raises:
         ModelError: HB308 missing, HB309 unexpected, HB310 of another shape.
     """
     places = {name: slot for slot in slots(model) for name in slot.names}
+    anew = _Anew(folder, model, head)
     in_4bit = quantised_names(folder.tensors)
     belongs = {part: weight for weight in in_4bit for part in entry_names(weight, folder.tensors)}
     entries: list[_Entry] = []
@@ -149,18 +165,23 @@ def _match(folder: ModelFolder, model: PreTrainedModel) -> list[_Entry]:
     for stored in folder.tensors:
         if belongs.get(stored, stored) != stored:
             continue
-        slot = places.get(_name_in_model(stored, places, model.base_model_prefix))
+        name = _name_in_model(stored, places, model.base_model_prefix)
+        slot = None if anew.leaves_out(name) else places.get(name)
         names = entry_names(stored, folder.tensors) if stored in in_4bit else [stored]
         if slot is not None and (len(slot.names) > 1 or slot.names[0] not in filled):
             filled.update(slot.names)
             entries.append(_Entry(slot, {name: folder.tensors[name] for name in names}))
-        elif not _may_be_left_out(stored, getattr(model, "_keys_to_ignore_on_load_unexpected", None)):
+        elif not anew.leaves_there(stored) and not _may_be_left_out(
+            stored, getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        ):
             unexpected.append(stored)
     can_be_missing = getattr(model, "_keys_to_ignore_on_load_missing", None)
+    fresh = anew.begin({name for name in places if name not in filled}, filled)
     missing = sorted(
         name
         for name, slot in places.items()
         if name not in filled
+        and outside([name], fresh)
         and (slot.is_meta or slot.is_parameter or not _may_be_left_out(name, can_be_missing))
     )
     if missing:
@@ -174,7 +195,39 @@ def _match(folder: ModelFolder, model: PreTrainedModel) -> list[_Entry]:
         if not entry.is_4bit and entry.only.shape != entry.slot.shape:
             what = f"{entry.only.name} is {entry.only.shape}, config.json says {entry.slot.shape}"
             _wrong_tensors(folder, model, "HB310", what)
-    return entries
+    return entries, fresh
+
+
+@dataclass(frozen=True)
+class _Anew:
+    """Which parts of a model begin anew, and what of a folder belongs to the parts they replace."""
+
+    folder: ModelFolder
+    model: PreTrainedModel
+    head: Head | None
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a tensor of the model is not to be taken from the folder: its head is for something else."""
+        if self.head is None or self.head.is_stored(self.folder.config, self.model):
+            return False
+        return not outside([name], head_modules(self.model))
+
+    def leaves_there(self, stored: str) -> bool:
+        """Whether a stored tensor that has no place is of another head."""
+        return self.head is not None and is_of_another_head(
+            stored, self.model.base_model_prefix, self.folder.tensors
+        )
+
+    def begin(self, unfilled: set[str], filled: set[str]) -> list[str]:
+        """The modules that begin anew: of head and pooler those of which the folder holds nothing."""
+        if self.head is None:
+            return []
+        return [
+            name
+            for name in may_begin(self.model)
+            if outside(list(unfilled), [name]) != list(unfilled)
+            and len(outside(list(filled), [name])) == len(filled)
+        ]
 
 
 def _name_in_model(stored: str, places: Mapping[str, Slot], base: str) -> str:
@@ -370,6 +423,16 @@ def _refuse_other_quantisation(folder: ModelFolder, model: PreTrainedModel, aske
                 where=str(folder.path),
                 fix=f"ask for {got}, or start from the 16-bit folder",
             )
+
+
+def _refuse_untrained(folder: ModelFolder, untrained: set[str]) -> None:
+    if untrained:
+        raise ModelError(
+            "HB351",
+            f"{_named(sorted(untrained))} is in no file: the answers would be those of random numbers",
+            where=str(folder.path),
+            fix="name the adapter that was trained with it, or a folder that holds it with these labels",
+        )
 
 
 def _refuse_unfilled(folder: ModelFolder, model: PreTrainedModel) -> None:

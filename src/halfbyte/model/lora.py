@@ -35,6 +35,7 @@ from halfbyte.model.lora_spec import ALL_LINEAR, DECOMPOSING, LoraSpec, matches,
 from halfbyte.model.originals import Originals
 from halfbyte.model.peft_layers import is_peft_layer, peft_parts
 from halfbyte.model.projection import Branch, Projection
+from halfbyte.model.purpose import unread_modules
 from halfbyte.model.vocabulary import refuse_resized
 
 
@@ -307,7 +308,8 @@ def target_names(model: PreTrainedModel, spec: LoraSpec) -> list[str]:
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     if isinstance(spec.target_modules, str):
         head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return [name for name, module in linear.items() if module is not head]
+        named = [name for name, module in linear.items() if module is not head]
+        return outside(named, unread_modules(model))
     targets = list(spec.target_modules)
     if not targets:
         raise ModelError(

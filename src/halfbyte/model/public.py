@@ -19,6 +19,7 @@ from halfbyte.data.render import Renderer
 from halfbyte.model import adapters, fingerprints, loading, lora
 from halfbyte.model.lora_spec import ALL_LINEAR, Bias, Init, LoraSpec
 from halfbyte.model.precision import computing_dtype
+from halfbyte.model.purpose import LABELLED, Head, Purpose, stored_labels
 from halfbyte.quant.weight import QuantSpec
 from halfbyte.settings import TemplateName
 
@@ -31,8 +32,9 @@ def load(
     dtype: torch.dtype | str | None = None,
     adapter: str | PathLike[str] | None = None,
     allow_template_mismatch: bool = False,
+    task: Purpose = "generate",
 ) -> PreTrainedModel:
-    """Load a causal language model from a local folder.
+    """Load a causal language model, or an encoder with what was trained on it, from a local folder.
 
     Args:
         path: Folder with `config.json` and safetensors, in 16 bits or in bitsandbytes' 4 bits.
@@ -44,6 +46,7 @@ def load(
         adapter: Folder of a LoRA adapter in PEFT's format to put on top.
         allow_template_mismatch: Load an adapter even though it was trained with another tokenizer or chat template
             than the folder's.
+        task: `generate`; or of an encoder `classify`, `tag`, `embed`: with the adapter's or the folder's head.
 
     Returns:
         A transformers model in evaluation mode, frozen where it is in 4 bits.
@@ -54,11 +57,14 @@ def load(
     """
     if adapter is not None and not allow_template_mismatch:
         fingerprints.refuse_other_words(Path(adapter), Path(path))
+    trained = Path(adapter) if adapter is not None else Path(path)
+    labels = stored_labels(trained) if task in LABELLED else ()
     return loading.load(
         Path(path),
         quantization=QuantSpec(format=quantization, scales=scales) if quantization else None,
         dtype=dtype if isinstance(dtype, torch.dtype) else computing_dtype(dtype or "auto"),
         adapter=Path(adapter) if adapter is not None else None,
+        head=None if task == "generate" else Head(task, labels),
     )
 
 

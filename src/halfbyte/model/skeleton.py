@@ -25,6 +25,7 @@ from halfbyte.model import attention
 from halfbyte.model.blocks import use_blocks
 from halfbyte.model.files import ModelFolder
 from halfbyte.model.linear4bit import is_linear
+from halfbyte.model.purpose import Head, compute_precisely, head_modules, purpose_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,13 @@ class _EmptyWithoutMemory(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_skeleton(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the causal language model a folder describes, with weights that take no memory.
+def build_skeleton(folder: ModelFolder, dtype: torch.dtype, head: Head | None = None) -> PreTrainedModel:
+    """Build the model a folder describes, with weights that take no memory.
 
     Args:
         folder: The checked folder.
-        dtype: The model's dtype.
+        dtype: The model's dtype; a head on an encoder is in float32.
+        head: What stands on the encoder; None for a causal language model.
 
     Returns:
         The model in evaluation mode, with our attention and fused layers where its family allows that;
@@ -83,16 +85,22 @@ def build_skeleton(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises:
         ModelError: HB301 settings that contradict each other, HB312 no causal language model, HB313 unknown
-            type.
+            type, HB350 no encoder.
     """
     config = _model_config(folder)
-    model_class = _model_class(config, folder)
+    if head is None:
+        model_class = _model_class(config, folder)
+    else:
+        model_class = head.model_class(config, str(folder.path / "config.json"))
+        head.tell(config)
     try:
         with torch.random.fork_rng(devices=[]), _EmptyWithoutMemory():
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
     except Exception as fault:  # any of transformers' and torch's own; it is told, with its cause, not hidden
         raise _bad_settings(folder, fault) from fault
     model.config.dtype = dtype  # older transformers leave what the file says
+    if head is not None:
+        compute_precisely(model)
     attention.use(model)
     use_blocks(model)
     model.train(False)
@@ -186,8 +194,10 @@ def _slot(model: PreTrainedModel, head: object, names: tuple[str, ...], tensor: 
 
 
 def _kept_precise(model: PreTrainedModel, dtype: torch.dtype | None) -> set[str]:
-    """Names of the parts that transformers keeps in float32 when the model is in `dtype`; None: in any."""
+    """Names of the parts that are in float32 when the model is in `dtype`, by transformers or as heads; None: any."""
     always: set[str] = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if purpose_of(model) != "generate":
+        always |= set(head_modules(model))
     in_float16: set[str] = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     if dtype in (torch.float16, None):
         return always | in_float16

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.evaluate.statistics import Interval, paired_difference
+from halfbyte.evaluate.statistics import Interval
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.measure import Measurement
@@ -158,7 +158,7 @@ def compare(
             continue
         difference, verdict = None, changes[old.follows].verdict if old.follows else ""
         if not old.follows:
-            difference = paired_difference(old.scores, new[old.name].scores, resamples=resamples, seed=seed)
+            difference = old.difference(new[old.name], resamples=resamples, seed=seed)
             verdict = _verdict(difference, old.kind.better)
         changes[old.name] = Change(old.name, old.interval, new[old.name].interval, difference, verdict)
     return tuple(changes.values())

@@ -8,14 +8,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.settings import PREFERENCES
+from halfbyte.tasks.classify import ClassifyTask
+from halfbyte.tasks.embed import EmbedTask
 from halfbyte.tasks.preference import PreferenceTask
+from halfbyte.tasks.tag import TagTask
 from halfbyte.tasks.task import Progress, Task
 from halfbyte.tasks.words import SftTask
 
 if TYPE_CHECKING:
     from halfbyte.settings import Config
 
-TASKS: dict[str, type[Task[Any]]] = {"sft": SftTask} | dict.fromkeys(PREFERENCES, PreferenceTask)
+TASKS: dict[str, type[Task[Any]]] = {
+    "sft": SftTask,
+    "classify": ClassifyTask,
+    "tag": TagTask,
+    "embed": EmbedTask,
+    **dict.fromkeys(PREFERENCES, PreferenceTask),
+}
 
 
 def prepare(config: Config, *, held_out_only: bool = False, progress: Progress | None = None) -> Task[Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from halfbyte.data.examples import Learnable, Listed
 from halfbyte.data.order import longest_first
+from halfbyte.model.adapters import load_adapter
 from halfbyte.train.plan import Plan, unit_lengths
 
 if TYPE_CHECKING:
@@ -103,6 +104,20 @@ class Task(ABC, Generic[E]):
     @abstractmethod
     def load(self, progress: Progress | None = None) -> PreTrainedModel:
         """The base with the head the task needs, as its method holds it."""
+
+    def load_trained(self, adapter: Path | None, progress: Progress | None = None) -> PreTrainedModel:
+        """A model that was trained, to be measured alone.
+
+        Args:
+            adapter: Folder of an adapter in PEFT's format to put on the base; None for a whole model.
+            progress: Told how far reading is.
+        """
+        model = self.load(progress)
+        self.check_fit(model)
+        self.begin(model, progress)
+        if adapter is not None:
+            load_adapter(model, adapter)
+        return model
 
     @abstractmethod
     def check_fit(self, model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from halfbyte.model.loading import Progress, load
 from halfbyte.model.lora import add_lora
 from halfbyte.model.lora_spec import LoraSpec
 from halfbyte.model.precision import computing_dtype
+from halfbyte.model.purpose import Head, modules_to_train
 from halfbyte.model.saving import whole_folder
 from halfbyte.quant.weight import QuantSpec
 
@@ -33,29 +34,32 @@ if TYPE_CHECKING:
     from halfbyte.settings import Config
 
 
-def load_base(config: Config, progress: Progress | None = None) -> PreTrainedModel:
+def load_base(config: Config, progress: Progress | None = None, head: Head | None = None) -> PreTrainedModel:
     """The base as its method trains it: 4-bit for qlora, the computing dtype for lora, float32 for full.
 
     Args:
         config: Model folder, method, dtype and quantization.
         progress: Told how far reading is, in bytes.
+        head: What stands on an encoder; None for a causal language model.
 
     Raises:
         ModelError: As `model.loading.load`.
     """
     quantization = QuantSpec(**config.quantization.model_dump()) if config.method == "qlora" else None
     dtype = torch.float32 if config.method == "full" else computing_dtype(config.dtype)
-    return load(config.model, quantization=quantization, dtype=dtype, progress=progress)
+    return load(config.model, quantization=quantization, dtype=dtype, progress=progress, head=head)
 
 
 def make_trainable(model: PreTrainedModel, config: Config) -> None:
-    """Add the adapter and freeze the rest; for full, every weight stays trainable.
+    """Add the adapter and freeze the rest but an encoder's head; for full, every weight stays trainable.
 
     Raises:
         ModelError: HB320 to HB322 and HB340 to HB343 for adapters that do not fit.
     """
     if config.method != "full":
-        add_lora(model, LoraSpec(**config.lora.model_dump()), config.seed)
+        spec = LoraSpec(**config.lora.model_dump())
+        whole = (*spec.modules_to_save, *modules_to_train(model))
+        add_lora(model, replace(spec, modules_to_save=whole), config.seed)
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
