@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from halfbyte.data.fingerprint import FILE, Fingerprint
+from halfbyte.data.fingerprint import FILE, NO_FORMAT, Fingerprint
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError, ModelError
 from halfbyte.model.files import contained, read_json
@@ -69,7 +69,10 @@ def refuse_other_words(adapter: Path, base: Path) -> None:
         return
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     try:
-        used = Fingerprint.of(Renderer(tokenizer, trained.chat_format))  # type: ignore[arg-type]
+        if trained.chat_format == NO_FORMAT:
+            used = Fingerprint.of_texts(tokenizer)
+        else:
+            used = Fingerprint.of(Renderer(tokenizer, trained.chat_format))  # type: ignore[arg-type]
     except DataError as error:
         what = f"the base's tokenizer cannot write the chat format trained with: {error.what}"
         raise ModelError("HB326", what, where=str(adapter), fix=LOAD_FIX) from error
