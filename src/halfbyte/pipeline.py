@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte import __version__
 from halfbyte.config import load_config, refuse_other_settings
-from halfbyte.data.containers import row_files
 from halfbyte.data.order import Usage
 from halfbyte.errors import ConfigError, EvaluateError, listed
 from halfbyte.evaluate.measure import Measurement
@@ -34,7 +33,7 @@ from halfbyte.report.trackers import check_installed, tracked
 from halfbyte.report.watch import Part, Watch
 from halfbyte.settings import Config
 from halfbyte.tasks.known import prepare
-from halfbyte.tasks.task import Prepared, Task
+from halfbyte.tasks.task import Task
 from halfbyte.train.checkpoint import Checkpoint, last_good
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.loop import rehearse as rehearse_training
@@ -105,7 +104,7 @@ def run(
     _note_oddities(task, folder, watch)
     with _phase("load model", folder, watch) as part:
         model = task.load(part.progress)
-        folder.write_manifest(_manifest(config, task.rows), same=checkpoint is not None)
+        folder.write_manifest(_manifest(task), same=checkpoint is not None)
         task.check_fit(model)
     _make_ready(task, model, folder, watch)
     measured = partial(_measure, task=task, model=model, folder=folder, watch=watch)
@@ -345,17 +344,18 @@ def _note_oddities(task: Task[Any], folder: RunFolder, watch: Watch) -> None:
         watch.note(note)
 
 
-def _manifest(config: Config, rows: Prepared[Any]) -> dict[str, Any]:
+def _manifest(task: Task[Any]) -> dict[str, Any]:
     """What the run is made from."""
-    files = row_files([*config.data.train, *(config.data.eval or ())])
+    config, rows = task.config, task.rows
     facts = {
         "task": config.task,
         "method": config.method,
         "template": rows.template,
         **(rows.fingerprint.as_dict() if rows.fingerprint else {}),
         "kernels": [choice._asdict() for choice in backends.describe()],
+        "rows_sha256": {"train": rows.train.sha256, "held_out": rows.held_out.sha256},
     }
-    return manifest(__version__, config.seed, Path(config.model), files, facts)
+    return manifest(__version__, config.seed, Path(config.model), task.files(), facts)
 
 
 def _draw(metrics: Path, folder: RunFolder, watch: Watch) -> None:

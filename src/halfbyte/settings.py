@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from pydantic_core import PydanticCustomError
 
 Method = Literal["full", "lora", "qlora"]
-TaskName = Literal["sft", "dpo", "simpo", "orpo", "kto", "classify", "tag", "embed"]
+TaskName = Literal["sft", "dpo", "simpo", "orpo", "kto", "classify", "tag", "embed", "classify_images"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal[
     "auto",
@@ -147,10 +147,19 @@ READ_ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 PREFERENCES: tuple[TaskName, ...] = ("dpo", "simpo", "orpo", "kto")
+CLASSES: tuple[TaskName, ...] = ("classify", "tag", "classify_images")
+OF_WORDS: tuple[TaskName, ...] = ("sft", *PREFERENCES, "classify", "tag", "embed")
 # Settings that only some tasks read.
 READ_BY_TASKS: dict[str, tuple[TaskName, ...]] = {
-    "train.label_smoothing": ("sft",),
-    "train.z_loss": ("sft",),
+    "data.weights": OF_WORDS,
+    "data.format": OF_WORDS,
+    "data.max_length": OF_WORDS,
+    "data.max_truncated": OF_WORDS,
+    "data.template": OF_WORDS,
+    "train.batch_tokens": OF_WORDS,
+    "train.neftune_alpha": OF_WORDS,
+    "train.label_smoothing": ("sft", *CLASSES),
+    "train.z_loss": ("sft", *CLASSES),
     "preference.beta": PREFERENCES,
     "preference.margin": ("simpo",),
     "preference.good_weight": ("kto",),
@@ -299,7 +308,7 @@ class Config(_Section):
     task: TaskName = "sft"
     """What the model is tuned for: sft to write the rows' answers; dpo, simpo, orpo to prefer one answer to another;
     kto to prefer answers that were found good; of an encoder classify to tell a text's label, tag each word's,
-    embed to give vectors that are near where texts are alike."""
+    embed to give vectors that are near where texts are alike; of a vision transformer classify_images."""
     method: Method = "qlora"
     """full trains every weight, lora an adapter, qlora an adapter on a base held in 4 bits."""
     dtype: Dtype = "auto"

@@ -176,6 +176,7 @@ AUTO_CLASSES = {
     "classify": "AutoModelForSequenceClassification",
     "tag": "AutoModelForTokenClassification",
     "embed": "AutoModel",
+    "classify_images": "AutoModelForImageClassification",
 }
 """transformers' classes for models that generate nothing."""
 
@@ -190,7 +191,7 @@ def _use(result: RunResult) -> Text:
     labels, names = "", ""
     if (result.result / "labels.json").exists():
         labels = f'  labels = json.load(open("{result.result}/labels.json"))["labels"]\n'
-        names = ", id2label=dict(enumerate(labels))"
+        names = ", id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True"
     quantization = f', quantization="{s.weights}", scales="{s.scales}"' if s.method == "qlora" else ""
     return Text(
         "  import halfbyte as hb                              # on the very weights it was trained on\n"

@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,7 +216,22 @@ def _unanswered(turns: Turns) -> str:
     return ""
 
 
-def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+class Known(Protocol):
+    """A row that is known by its content."""
+
+    @property
+    def id(self) -> str:
+        """Content hash."""
+
+    @property
+    def where(self) -> str:
+        """File, and where in it."""
+
+
+K = TypeVar("K", bound=Known)
+
+
+def split_rows(rows: Sequence[K], fraction: float, seed: int) -> tuple[list[K], list[K]]:
     """Hold out a share of the distinct rows, chosen by content hash.
 
     Equal rows always fall on the same side, and neither order nor files of the rows matter.
@@ -280,7 +296,7 @@ def first_by_hash(ids: NDArray[np.uint64], count: int, salt: str) -> NDArray[np.
     return chosen
 
 
-def check_overlap(train: Sequence[Row], evaluation: Sequence[Row]) -> None:
+def check_overlap(train: Sequence[Known], evaluation: Sequence[Known]) -> None:
     """Refuse evaluation rows whose words are among the training rows.
 
     Raises:

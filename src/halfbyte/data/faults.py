@@ -28,16 +28,17 @@ class Fault:
 
     Attributes:
         file: File that holds it.
-        line: Line on which it begins, from 1; of a .parquet file the number of the row.
+        line: Line on which it begins, from 1; of a .parquet file the number of the row; None where a file is one row.
         reason: What is wrong with it.
     """
 
     file: str
-    line: int
+    line: int | None
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.reason}"
 
 
 F = TypeVar("F")

@@ -19,9 +19,12 @@ from halfbyte.data.tokenise import Encoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from halfbyte.data.image_pixels import Preprocessor
     from halfbyte.data.render import Renderer
 
 FILE = "halfbyte.json"
+PIXELS = "pixels"
+"""In place of a chat format's name, where a model is shown images."""
 NO_FORMAT = "none"
 """In place of a chat format's name, where texts are given to a model as they are."""
 
@@ -67,6 +70,11 @@ class Fingerprint:
         return cls(NO_FORMAT, hashlib.sha256(canonical.encode()).hexdigest(), _tokenizer_digest(encoder))
 
     @classmethod
+    def of_pixels(cls, preprocess: Preprocessor) -> Fingerprint:
+        """Of how images are resized, cropped and scaled."""
+        return cls(PIXELS, preprocess.digest, "")
+
+    @classmethod
     def parse(cls, facts: Mapping[str, Any]) -> Fingerprint | None:
         """The fingerprint among the facts of a file, None if there is no whole one."""
         found = facts.get("fingerprint")
@@ -84,6 +92,8 @@ class Fingerprint:
         found = []
         if self.chat_format != other.chat_format:
             found.append(f"the chat format is {other.chat_format}, not {self.chat_format}")
+        elif self.template != other.template and self.chat_format == PIXELS:
+            found.append("images are resized, cropped or scaled in another way")
         elif self.template != other.template:
             found.append(f"the text of the chat format {self.chat_format} is another")
         if self.tokenizer != other.tokenizer:

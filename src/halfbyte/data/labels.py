@@ -8,9 +8,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from halfbyte.data.row import Row
 from halfbyte.errors import DataError, listed
+
+
+class Labelled(Protocol):
+    """A row with a label."""
+
+    @property
+    def where(self) -> str:
+        """File, and where in it."""
+
+    @property
+    def label(self) -> object:
+        """Its class, by name or number."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class LabelReport:
         return f"labels {shares}{more}"
 
 
-def name_of(row: Row) -> str:
+def name_of(row: Labelled) -> str:
     """A row's label by name."""
     return str(row.label)
 
@@ -62,7 +75,7 @@ def label_names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
-def train_labels(rows: Sequence[Row]) -> tuple[str, ...]:
+def train_labels(rows: Sequence[Labelled]) -> tuple[str, ...]:
     """The labels of the rows to train on.
 
     Raises:
@@ -79,7 +92,7 @@ def train_labels(rows: Sequence[Row]) -> tuple[str, ...]:
     return labels
 
 
-def refuse_unknown(rows: Sequence[Row], labels: Sequence[str]) -> None:
+def refuse_unknown(rows: Sequence[Labelled], labels: Sequence[str]) -> None:
     """Refuse rows whose label the model has no class for.
 
     Args:

@@ -6,12 +6,13 @@ It owns the metrics of classification and the record of each row and class; it m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.data.examples import Learnable
 from halfbyte.errors import EvaluateError
 from halfbyte.evaluate.confusion import Counted, Table, macro_f1, matthews
 from halfbyte.evaluate.measure import Measurement
@@ -80,6 +81,35 @@ class Answered:
     where: Sequence[str]
     log_probabilities: NDArray[np.float64]
     targets: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        parts: Iterable[tuple[Sequence[Learnable], NDArray[np.float64]]],
+        numbers: Mapping[str, int],
+    ) -> Answered:
+        """Rows in parts, at least one.
+
+        Args:
+            parts: Rows, and the logarithms of what the model gives each class, (n, C).
+            numbers: Number of each row's class, by the row's id.
+        """
+        examples: list[Learnable] = []
+        found = []
+        for rows, log_probabilities in parts:
+            examples += rows
+            found.append(log_probabilities)
+        return cls(
+            [e.id for e in examples],
+            [e.where for e in examples],
+            np.concatenate(found),
+            np.array([numbers[e.id] for e in examples]),
+        )
+
+    @property
+    def loss(self) -> float:
+        """Nats per row."""
+        return float(-self.log_probabilities[np.arange(len(self.ids)), self.targets].mean())
 
 
 def measured_classes(

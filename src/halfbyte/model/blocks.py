@@ -1,4 +1,4 @@
-"""Which decoder layers of transformers run as one fused node, by their type, and how their parts are found.
+"""Which layers of transformers run as one fused node, by their type, and how their parts are found.
 
 It owns the table of families and the conditions; it must not know the arithmetic (`passes`) or how attention finds
 its documents (`attention`).
@@ -58,6 +58,8 @@ class Family:
         mlp_norm: Norm before the MLP.
         after_mlp: Norm of the MLP's output.
         window: What holds the length of its sliding window, if it may have one.
+        causal: Whether a token sees only itself and what is before it.
+        positional: What the layer is given behind its input without a name.
     """
 
     norm: Literal["rms", "rms_offset", "layer"] = "rms"
@@ -74,6 +76,8 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     after_mlp: str | None = None
     window: Literal["attention", "config"] | None = None
+    causal: bool = True
+    positional: tuple[str, ...] = ()
 
 
 _GEMMA_2 = Family(
@@ -82,6 +86,18 @@ _GEMMA_2 = Family(
     mlp_norm="pre_feedforward_layernorm",
     after_mlp="post_feedforward_layernorm",
     window="attention",
+)
+_VIT = Family(
+    norm="layer",
+    attention="attention",
+    up=("fc1",),
+    down="fc2",
+    gated=False,
+    activation="activation_fn",
+    attention_norm="layernorm_before",
+    mlp_norm="layernorm_after",
+    causal=False,
+    positional=("attention_mask",),
 )
 FAMILIES: dict[str, Family] = {
     "llama.modeling_llama.LlamaDecoderLayer": Family(),
@@ -106,8 +122,10 @@ FAMILIES: dict[str, Family] = {
         attention_norm="ln_1",
         mlp_norm="ln_2",
     ),
+    "vit.modeling_vit.ViTLayer": _VIT,
+    "deit.modeling_deit.DeiTLayer": _VIT,
 }
-"""Decoder layers of transformers, by module and class below `transformers.models`."""
+"""Layers of transformers, by module and class below `transformers.models`."""
 
 
 _CLASSES: dict[type, type] = {}
@@ -140,9 +158,11 @@ class _Fused:
         assert isinstance(self, nn.Module)
         assert family is not None
         told = None
-        if not (args or _why_not(self, family) or _why_not_now(self, family, hidden_states, kwargs)):
+        given = dict(zip(family.positional, args, strict=False)) | kwargs
+        is_named = len(args) <= len(family.positional)
+        if is_named and not (_why_not(self, family) or _why_not_now(self, family, hidden_states, given)):
             told = documents_of(
-                hidden_states.shape[0], hidden_states.shape[1], kwargs.get("attention_mask"), kwargs
+                hidden_states.shape[0], hidden_states.shape[1], given.get("attention_mask"), given
             )
         if told is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -242,7 +262,10 @@ def _why_not(layer: nn.Module, family: Family) -> str:
         return "a module of it trains whole"
     if trained_biases(layer):
         return "biases of it train"
-    attention, mlp = getattr(layer, family.attention), getattr(layer, family.mlp)
+    attention: Any = getattr(layer, family.attention, None)
+    mlp: Any = getattr(layer, family.mlp, None)
+    if not all(hasattr(attention, name) for name in (*family.qkv, family.out)) or mlp is None:
+        return "its parts have other names in this version of transformers"
     if type(getattr(mlp, family.activation)).__name__ not in ACTIVATIONS:
         return f"its activation {type(getattr(mlp, family.activation)).__name__} is none of {', '.join(ACTIVATIONS)}"
     if attention.config._attn_implementation != NAME:
@@ -251,8 +274,8 @@ def _why_not(layer: nn.Module, family: Family) -> str:
         return "its attention caps its scores"
     if hasattr(layer, "crossattention"):
         return "it attends to an encoder"
-    if not getattr(attention, "is_causal", True):
-        return "its attention is not causal"
+    if bool(getattr(attention, "is_causal", True)) != family.causal:
+        return f"its attention is {'not ' * family.causal}causal"
     if any(p.requires_grad for p in _base_parameters(layer)):
         return "weights of the base are trained"
     linear = [getattr(attention, name) for name in (*family.qkv, family.out)]
@@ -365,4 +388,5 @@ def _heads(attention: nn.Module, family: Family) -> Heads:
         window=getattr(holder, "sliding_window", None) if family.window else None,
         q_norm=q_norm,
         k_norm=k_norm,
+        causal=family.causal,
     )

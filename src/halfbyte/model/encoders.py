@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.data.encoded import EncodedBatch
+from halfbyte.data.image_batch import ImageBatch
 from halfbyte.data.pack import Batch
 from halfbyte.model.attention import NAME
 from halfbyte.model.inputs import first_position, model_inputs
@@ -50,13 +51,16 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return states
 
 
-def document_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+def document_logits(model: PreTrainedModel, batch: Batch | ImageBatch) -> Tensor:
     """Logits of each document's class, (n, C) float32.
 
     Args:
         model: An encoder that classifies documents by their first token, where they are packed.
-        batch: Packed or padded documents.
+        batch: Packed or padded documents; or images.
     """
+    if isinstance(batch, ImageBatch):
+        seen: Tensor = model(pixel_values=torch.from_numpy(batch.pixel_values).to(model.device)).logits
+        return seen.float()
     with _first_tokens(model, batch):
         logits: Tensor = model(**encoder_inputs(model, batch)).logits
     return logits.float()

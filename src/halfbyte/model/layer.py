@@ -1,4 +1,4 @@
-"""The parts of a decoder layer of a transformer, as data: norms, projections, heads, and what is kept for backward.
+"""The parts of a layer of a transformer, as data: norms, projections, heads, and what is kept for backward.
 
 It owns these types; it must not know modules, families of models, or the order of a layer's steps.
 
@@ -82,6 +82,7 @@ class Heads:
         window: Tokens that are seen, the own one included; None for all before.
         q_norm: Per-head norm of the queries, or None.
         k_norm: The same of the keys.
+        causal: Whether a token sees only itself and what is before it.
     """
 
     count: int
@@ -91,11 +92,12 @@ class Heads:
     window: int | None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    causal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The parts of a decoder layer.
+    """The parts of a layer.
 
     Attributes:
         attention_norm: Before attention.

@@ -26,6 +26,7 @@ from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.purpose import Head, begin, head_modules, is_of_another_head, may_begin, unread_modules
 from halfbyte.model.skeleton import Slot, build_skeleton, slots
 from halfbyte.model.stored import StoredTensor
+from halfbyte.model.stored_names import StoredNames
 from halfbyte.quant.formats import entry_names, from_bitsandbytes, quantised_names
 from halfbyte.quant.weight import QuantSpec, Scales, Weight4bit
 
@@ -156,7 +157,7 @@ def _match(
         ModelError: HB308 missing, HB309 unexpected, HB310 of another shape.
     """
     places = {name: slot for slot in slots(model) for name in slot.names}
-    anew = _Anew(folder, model, head)
+    anew, stored_names = _Anew(folder, model, head), StoredNames(model)
     in_4bit = quantised_names(folder.tensors)
     belongs = {part: weight for weight in in_4bit for part in entry_names(weight, folder.tensors)}
     entries: list[_Entry] = []
@@ -165,7 +166,7 @@ def _match(
     for stored in folder.tensors:
         if belongs.get(stored, stored) != stored:
             continue
-        name = _name_in_model(stored, places, model.base_model_prefix)
+        name = stored_names.in_model(stored, places)
         slot = None if anew.leaves_out(name) else places.get(name)
         names = entry_names(stored, folder.tensors) if stored in in_4bit else [stored]
         if slot is not None and (len(slot.names) > 1 or slot.names[0] not in filled):
@@ -228,12 +229,6 @@ class _Anew:
             if outside(list(unfilled), [name]) != list(unfilled)
             and len(outside(list(filled), [name])) == len(filled)
         ]
-
-
-def _name_in_model(stored: str, places: Mapping[str, Slot], base: str) -> str:
-    """A file saved from the model without its head lacks the base's prefix; one with another head has it."""
-    candidates = (stored, f"{base}.{stored}", stored.removeprefix(f"{base}."))
-    return next((name for name in candidates if name in places), stored)
 
 
 def _may_be_left_out(name: str, patterns: object) -> bool:

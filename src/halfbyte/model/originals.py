@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ModelError
 from halfbyte.model.files import ModelFolder, open_model_folder
 from halfbyte.model.linear4bit import Linear4bit
+from halfbyte.model.stored_names import StoredNames
 from halfbyte.quant.formats import quantised_names
 
 
@@ -39,6 +40,13 @@ class Originals:
         return open_model_folder(path)
 
     @cached_property
+    def _stored(self) -> dict[str, str]:
+        """Names of the folder's tensors by those of the model's weights."""
+        names = StoredNames(self._model)
+        known = {f"{name}.weight" for name, _ in self._model.named_modules()}
+        return {names.in_model(stored, known): stored for stored in self._folder.tensors}
+
+    @cached_property
     def _in_4bit(self) -> set[str]:
         return set(quantised_names(self._folder.tensors))
 
@@ -55,9 +63,7 @@ class Originals:
         Raises:
             ModelError: HB340 when the folder is gone or has no such weight.
         """
-        base = self._model.base_model_prefix
-        names = [f"{form}.weight" for form in (name, f"{base}.{name}", name.removeprefix(f"{base}."))]
-        found = next((stored for stored in names if stored in self._folder.tensors), None)
+        found = self._stored.get(f"{name}.weight")
         if found is None:
             raise _absent(str(self._folder.path), f"there is no {name}.weight")
         if found in self._in_4bit:

@@ -122,7 +122,13 @@ def _before_the_last_product(this: Call) -> Kept:
     q = _turned(kept, "q", layer.heads.q_norm, q, around)
     k = _turned(kept, "k", layer.heads.k_norm, k, around)
     attended, lse = attention_forward(
-        q, k, v, around.documents, scale=layer.heads.scale, window=layer.heads.window
+        q,
+        k,
+        v,
+        around.documents,
+        scale=layer.heads.scale,
+        causal=layer.heads.causal,
+        window=layer.heads.window,
     )
     kept |= {"q": q, "k": k, "v": v, "attended": attended, "lse": lse}
 
@@ -191,6 +197,7 @@ def _attention_backward(
         kept["lse"],
         around.documents,
         scale=heads.scale,
+        causal=heads.causal,
         window=heads.window,
     )
     dq = _turned_back(kept, "q", heads.q_norm, dq, around)

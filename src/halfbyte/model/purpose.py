@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
@@ -28,25 +29,29 @@ from halfbyte.errors import ModelError
 from halfbyte.model.beside import outside
 from halfbyte.model.files import CONFIG, contained, read_json
 
-Purpose = Literal["generate", "classify", "tag", "embed"]
+Purpose = Literal["generate", "classify", "tag", "embed", "classify_images"]
 
 CLASSES: dict[Purpose, Any] = {
     "generate": MODEL_FOR_CAUSAL_LM_MAPPING,
     "classify": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "tag": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "embed": MODEL_MAPPING,
+    "classify_images": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
 }
-TASK_TYPES: dict[Purpose, str] = {
+VISION = ("vit", "deit")
+"""Types of models that images are shown to."""
+TASK_TYPES: dict[Purpose, str | None] = {
     "generate": "CAUSAL_LM",
     "classify": "SEQ_CLS",
     "tag": "TOKEN_CLS",
     "embed": "FEATURE_EXTRACTION",
+    "classify_images": None,
 }
-"""PEFT's names.
+"""PEFT's names; it has none for images, and loads such adapters as those of any model.
 
 Source: `TaskType` of PEFT.
 """
-LABELLED: tuple[Purpose, ...] = ("classify", "tag")
+LABELLED: tuple[Purpose, ...] = ("classify", "tag", "classify_images")
 """Purposes whose heads have a class for each label."""
 LABELS = "labels.json"
 """Beside an adapter: the names of the classes, in the order of their numbers."""
@@ -73,9 +78,19 @@ class Head:
         """The class transformers has for an encoder of this type with this head.
 
         Raises:
-            ModelError: HB350 for a model that is no encoder, or one without such a class.
+            ModelError: HB350 for a model that is no encoder, or one without such a class; HB360 for images and a
+                model that is not shown any.
         """
         found: Any = CLASSES[self.purpose].get(type(config), None)
+        if self.purpose == "classify_images":
+            if config.model_type in VISION:
+                return found[0] if isinstance(found, tuple) else found
+            raise ModelError(
+                "HB360",
+                f"its model_type is {config.model_type}, expected one of {', '.join(VISION)}",
+                where=where,
+                fix="use a vision transformer",
+            )
         is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
         if is_encoder and not getattr(config, "is_decoder", False) and found is not None:
             return found[0] if isinstance(found, tuple) else found
@@ -103,13 +118,13 @@ class Head:
         if self.labels:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: number for number, label in enumerate(self.labels)}
-        if self.purpose == "classify":
+        if self.purpose in ("classify", "classify_images"):
             config.problem_type = "single_label_classification"
 
 
 def purpose_of(model: PreTrainedModel) -> Purpose:
     """What a model's class is for."""
-    for purpose in ("classify", "tag", "generate"):
+    for purpose in ("classify", "tag", "classify_images", "generate"):
         found = CLASSES[purpose].get(type(model.config), ())
         if type(model) in (found if isinstance(found, tuple) else (found,)):
             return purpose

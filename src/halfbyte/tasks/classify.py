@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
 import torch
 
 from halfbyte.data.encoded import EncodedExample, Text, encode
@@ -124,22 +123,14 @@ class ClassifyTask(EncoderTask):
 
     def held_out_loss(self, model: PreTrainedModel) -> float:
         """Nats per row."""
-        found = self._answered(model)
-        return float(-found.log_probabilities[np.arange(len(found.ids)), found.targets].mean())
+        return self._answered(model).loss
 
     def _answered(self, model: PreTrainedModel, progress: Progress | None = None) -> Answered:
-        examples: list[EncodedExample] = []
-        found = []
-        for part, logits in self.answers(model, document_logits, progress):
-            examples += part
-            found.append(torch.log_softmax(logits.double(), dim=1).cpu().numpy())
-        numbers = self.numbers
-        return Answered(
-            [e.id for e in examples],
-            [e.where for e in examples],
-            np.concatenate(found),
-            np.array([numbers[e.id] for e in examples]),
+        parts = (
+            (part, torch.log_softmax(logits.double(), dim=1).cpu().numpy())
+            for part, logits in self.answers(model, document_logits, progress)
         )
+        return Answered.of(parts, self.numbers)
 
     def described(self) -> str:
         """The counts in a few words, the balance of the labels among them."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.settings import PREFERENCES
 from halfbyte.tasks.classify import ClassifyTask
 from halfbyte.tasks.embed import EmbedTask
+from halfbyte.tasks.images import ImagesTask
 from halfbyte.tasks.preference import PreferenceTask
 from halfbyte.tasks.tag import TagTask
 from halfbyte.tasks.task import Progress, Task
@@ -23,6 +24,7 @@ TASKS: dict[str, type[Task[Any]]] = {
     "classify": ClassifyTask,
     "tag": TagTask,
     "embed": EmbedTask,
+    "classify_images": ImagesTask,
     **dict.fromkeys(PREFERENCES, PreferenceTask),
 }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from halfbyte.data.containers import row_files
 from halfbyte.data.examples import Learnable, Listed
 from halfbyte.data.order import longest_first
 from halfbyte.model.adapters import load_adapter
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from halfbyte.data.examples import ExampleSet
     from halfbyte.data.faults import Reading
     from halfbyte.data.fingerprint import Fingerprint
+    from halfbyte.data.image_read import ImageReport
     from halfbyte.data.pack import Batch
     from halfbyte.evaluate.measure import Measurement
     from halfbyte.settings import Config
@@ -51,7 +53,7 @@ class Prepared(Generic[E]):
 
     train: ExampleSet[E]
     held_out: ExampleSet[E]
-    report: DataReport
+    report: DataReport | ImageReport
     reading: Reading
     template: str
     fingerprint: Fingerprint | None = None
@@ -177,7 +179,16 @@ class Task(ABC, Generic[E]):
             facts.append(f"{len(rows.reading.skipped):,} bad rows skipped")
         if rows.report.duplicates:
             facts.append(f"{rows.report.duplicates:,} duplicates")
-        return ", ".join([*facts, f"template {rows.template}"])
+        return ", ".join([*facts, self.form()])
+
+    def form(self) -> str:
+        """How the rows are given to the model, in a few words."""
+        return f"template {self.rows.template}"
+
+    def files(self) -> list[Path]:
+        """The files that the rows were read from, for the run's manifest."""
+        data = self.config.data
+        return row_files([*data.train, *(data.eval or ())])
 
     def facts(self) -> dict[str, int | str]:
         """What a rehearsal prints."""

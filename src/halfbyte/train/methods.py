@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from transformers.utils import logging
@@ -28,7 +28,7 @@ from halfbyte.model.saving import whole_folder
 from halfbyte.quant.weight import QuantSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from halfbyte.data.fingerprint import Fingerprint
     from halfbyte.settings import Config
@@ -94,10 +94,17 @@ def result_name(config: Config) -> str:
     return "model" if config.method == "full" else "adapter"
 
 
+class Preparer(Protocol):
+    """What makes a model's input of a row, and belongs beside a whole model: a tokenizer, an image processor."""
+
+    def save_pretrained(self, folder: Path, /) -> object:
+        """Write its files into a folder."""
+
+
 def saver(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, fingerprint: Fingerprint
+    model: PreTrainedModel, preparer: Preparer, config: Config, fingerprint: Fingerprint
 ) -> Callable[[Path], None]:
-    """A function that writes what was trained into a folder: an adapter, or model and tokenizer for full."""
+    """A function that writes what was trained into a folder: an adapter, or for full model and tokenizer."""
 
     def save(folder: Path) -> None:
         if config.method != "full":
@@ -105,7 +112,7 @@ def saver(
             return
         with whole_folder(folder) as work, _without_progress_bar():
             model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
+            preparer.save_pretrained(work)
             write_fingerprint(work, fingerprint)
 
     return save
