@@ -19,6 +19,7 @@ from transformers.utils import logging
 from halfbyte.data.image_pixels import Preprocessor
 from halfbyte.errors import ModelError
 from halfbyte.kernels import ops
+from halfbyte.model import blocks
 from halfbyte.model.adapters import load_adapter, save_adapter
 from halfbyte.model.attention import NAME
 from halfbyte.model.blocks import describe, fused_layers, plan_memory
@@ -286,3 +287,25 @@ def test_images_of_another_size_are_refused(family: str, more: int, tmp_path: Pa
     for other, named in (((32, 28), "become 32 x 28 pixels"), (None, "keep a size of their own")):
         with pytest.raises(ModelError, match=rf"HB361.*{named}, the model is shown 28 x 28"):
             sight.check(replace(plain, resize=other), tmp_path)
+
+
+def test_layers_do_run_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(save_tiny(tmp_path))
+    ran = []
+    run_layer = blocks.run_layer
+    monkeypatch.setattr(blocks, "run_layer", lambda *parts: ran.append(parts) or run_layer(*parts))
+    loss_of(model)
+    assert len(ran) == 2
+    model(pixel_values=images(), attention_mask=torch.ones(3, 1, 17, 17, dtype=torch.bool))
+    assert len(ran) == 2, "a mask that is no set of documents is not for the fused layer"
+
+
+def test_labels_are_compared_by_number_however_the_file_orders_them(tmp_path: Path) -> None:
+    labels = tuple(f"class {number}" for number in range(12))
+    save_tiny(tmp_path, id2label=dict(enumerate(labels)), label2id=dict(zip(labels, range(12), strict=True)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = dict(sorted(config["id2label"].items()))
+    assert list(config["id2label"])[:3] == ["0", "1", "10"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stored = load_file(tmp_path / "model.safetensors")["classifier.weight"]
+    assert torch.equal(loaded(tmp_path, labels).classifier.weight, stored)

@@ -110,7 +110,8 @@ class Head:
             model: The model that is built from it.
         """
         names = settings.get("id2label")
-        labels = tuple(map(str, names.values())) if isinstance(names, Mapping) else ()
+        numbered = names if isinstance(names, Mapping) else {}
+        labels = tuple(str(numbered[key]) for key in sorted(numbered, key=lambda key: (len(key), key)))
         return type(model).__name__ in (settings.get("architectures") or ()) and labels == self.labels
 
     def tell(self, config: PretrainedConfig) -> None:

@@ -6,7 +6,7 @@ It owns how labelled images become batches, a loss and metrics; it must not know
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -70,7 +70,9 @@ class ImagesTask(Task[ImageExample]):
         self.collate: Callable[[Sequence[ImageExample]], Any] = ImageCollator(preprocess)
 
     @classmethod
-    def prepare(cls, config: Config, *, held_out_only: bool = False) -> Self:
+    def prepare(
+        cls, config: Config, *, held_out_only: bool = False, progress: Progress | None = None
+    ) -> Self:
         """Read every image once, check and share out, and number the labels as the base does where it has the same.
 
         Raises:
@@ -83,7 +85,8 @@ class ImagesTask(Task[ImageExample]):
         preprocess = Preprocessor.read(folder.path, sight.channels)
         sight.check(preprocess, folder.path)
         reading = Reading(config.data.skip_bad_rows)
-        train, held_out = _sides(config, reading, held_out_only)
+        read = partial(read_images, reading=reading, progress=progress)
+        train, held_out = _sides(config, read, reading, held_out_only)
         if held_out_only:
             labels = label_names(row.label for row in held_out)
         else:
@@ -208,16 +211,17 @@ class ImagesTask(Task[ImageExample]):
             return Answered.of(parts(), self._numbers())
 
 
-def _sides(config: Config, reading: Reading, held_out_only: bool) -> tuple[list[ImageRow], list[ImageRow]]:
+def _sides(
+    config: Config, read: Callable[[list[str]], list[ImageRow]], reading: Reading, held_out_only: bool
+) -> tuple[list[ImageRow], list[ImageRow]]:
     """The images to train on and those held out, none with another image's pixels and another label."""
     data = config.data
     if held_out_only:
-        return [], refuse_two_labels(read_images(data.eval or data.train, reading), reading)
+        return [], refuse_two_labels(read(data.eval or data.train), reading)
     if data.eval:
-        train, held_out = read_images(data.train, reading), read_images(data.eval, reading)
+        train, held_out = read(data.train), read(data.eval)
         single = {row.content for row in refuse_two_labels([*train, *held_out], reading)}
         train, held_out = ([row for row in side if row.content in single] for side in (train, held_out))
         check_overlap(train, held_out)
         return train, held_out
-    rows = refuse_two_labels(read_images(data.train, reading), reading)
-    return split_rows(rows, data.eval_fraction, config.seed)
+    return split_rows(refuse_two_labels(read(data.train), reading), data.eval_fraction, config.seed)
