@@ -37,8 +37,11 @@ class StoredNames:
         return next((name for name in self._forms(stored) if name in known), stored)
 
     def _forms(self, stored: str) -> Iterator[str]:
-        renamed = stored
+        own = (stored, f"{self._base}.{stored}", stored.removeprefix(f"{self._base}."))
+        yield from own
+        yield from map(self._renamed, own)
+
+    def _renamed(self, stored: str) -> str:
         for rename in self._renames:
-            renamed, _ = rename.rename_source_key(renamed)
-        for name in (stored, renamed):
-            yield from (name, f"{self._base}.{name}", name.removeprefix(f"{self._base}."))
+            stored, _ = rename.rename_source_key(stored)
+        return stored
