@@ -32,7 +32,8 @@ def shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_the_recipes_fit_the_images_and_the_model(shapes: Path, tmp_path: Path) -> None:
     for name, rows in (("pretrain.yaml", 2000), ("recipe.yaml", 1000)):
         config = load_config(shapes / name, [f"output_dir={tmp_path / 'run'}"])
-        task, plan = rehearse(config)
+        found = rehearse(config)
+        task, plan = found.task, found.plan
         assert len(task.rows.train) + len(task.rows.held_out) == rows
         assert plan.total_steps > 100
 

@@ -172,7 +172,8 @@ def test_a_base_with_these_labels_in_another_order_keeps_its_head(
 
 
 def test_a_rehearsal_writes_nothing_and_counts(make: Make, tmp_path: Path) -> None:
-    task, plan = rehearse(make())
+    found = rehearse(make())
+    task, plan = found.task, found.plan
     assert plan.total_steps == 8 * 5
     facts = task.facts()
     assert (facts["train_rows"], facts["held_out_rows"], facts["train_tokens"]) == (45, 15, 45 * 10)

@@ -46,8 +46,8 @@ def load(
         adapter: Folder of a LoRA adapter in PEFT's format to put on top.
         allow_template_mismatch: Load an adapter even though it was trained with another tokenizer or chat template
             than the folder's.
-        task: `generate`; of an encoder `classify`, `tag`, `embed`, of a vision transformer `classify_images`: with the
-            adapter's or the folder's head.
+        task: `generate`; of an encoder `classify`, `tag`, `embed`; of a vision transformer `classify_images`: with
+            the adapter's or the folder's head.
 
     Returns:
         A transformers model in evaluation mode, frozen where it is in 4 bits.
