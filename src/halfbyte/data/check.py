@@ -253,7 +253,7 @@ def split_rows(rows: Sequence[K], fraction: float, seed: int) -> tuple[list[K], 
     ]
 
 
-def row_ids(rows: Sequence[Row]) -> NDArray[np.uint64]:
+def row_ids(rows: Sequence[Known]) -> NDArray[np.uint64]:
     """The content hashes of rows as numbers, (n,)."""
     return np.array([int(row.id, 16) for row in rows], np.uint64)
 

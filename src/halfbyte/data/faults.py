@@ -6,7 +6,7 @@ It owns how a fault is named and counted; it must not know what a row looks like
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Generic, TypeVar
 
@@ -55,6 +55,14 @@ class Faults(Generic[F]):
         self._first: list[F] = []
         self._most = allowed + FAULTS_SHOWN
         self._count = 0
+
+    @classmethod
+    def of(cls, faults: Iterable[F], allowed: int = 0) -> Faults[F]:
+        """Those that are at hand."""
+        found = cls(allowed)
+        for fault in faults:
+            found.add(fault)
+        return found
 
     def add(self, fault: F) -> None:
         """Note one."""

@@ -14,7 +14,8 @@ from halfbyte.data.image_decode import SUFFIXES
 from halfbyte.data.image_idx import IMAGES, labels_file, read_idx
 from halfbyte.data.image_row import ArrayPicture, FilePicture, Pointer
 from halfbyte.data.row import Json
-from halfbyte.data.turns import class_of, kind, text_of
+from halfbyte.data.turns import class_of, text_of
+from halfbyte.data.values import kind
 
 PATH_COLUMNS = ("image", "file_name", "image_path")
 LABEL_COLUMN = "label"

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.data.faults import BadRowError, Fault, Reading
+from halfbyte.data.faults import BadRowError, Fault, Faults, Reading
 from halfbyte.data.image_decode import require_pillow
 from halfbyte.data.image_places import BadPlaceError, Found, labelled_images
 from halfbyte.data.image_row import FilePicture, ImageRow, Pointer, content_of
@@ -50,14 +50,13 @@ def read_images(
         require_pillow()
     checked: list[ImageRow | Fault] = []
     with ThreadPoolExecutor(os.cpu_count()) as threads, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow's, of what is judged here; set once, for all threads have one filter
+        # Pillow's, of what is judged here; set once, for all threads have one filter.
+        warnings.simplefilter("ignore")
         for begin in range(0, len(found), AT_ONCE):
             checked += threads.map(_checked, found[begin : begin + AT_ONCE])
             if progress is not None:
                 progress(len(checked), len(found))
-    faults = [each for each in checked if isinstance(each, Fault)]
+    faults = Faults.of((each for each in checked if isinstance(each, Fault)), reading.allowed)
     if not reading.skip(faults):
         what = f"{len(faults)} of {len(found)} images" + reading.named(faults)
         raise DataError(
@@ -131,11 +130,16 @@ def refuse_two_labels(rows: Sequence[ImageRow], reading: Reading | None = None) 
     labels: defaultdict[str, set[str]] = defaultdict(set)
     for row in rows:
         labels[row.content].add(row.label)
-    faults = [
-        Fault(row.source, row.pointer.index, f"the same picture is labelled {_named(labels[row.content])}")
-        for row in rows
-        if len(labels[row.content]) > 1
-    ]
+    faults = Faults.of(
+        (
+            Fault(
+                row.source, row.pointer.index, f"the same picture is labelled {_named(labels[row.content])}"
+            )
+            for row in rows
+            if len(labels[row.content]) > 1
+        ),
+        reading.allowed,
+    )
     if not reading.skip(faults):
         what = f"{len(faults)} of {len(rows)} images" + reading.named(faults)
         raise DataError("HB238", what, fix="decide on one label for each, or remove them")
