@@ -291,8 +291,6 @@ def test_peft_answers_with_a_4_bit_run_s_adapter_as_the_16_bit_model_would(
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},
-        {"bias": "all"},
-        {"bias": "lora_only"},
         {"layers_to_transform": [0]},
         {"exclude_modules": ["k_proj"]},
         {"trainable_token_indices": [1, 2]},

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import ModelError
@@ -268,10 +268,15 @@ def test_a_folder_that_is_gone_is_named(stories: Path, tmp_path: Path, init: Any
     assert not adapted_modules(model)
 
 
-def test_a_folder_with_other_weights_is_named(stories: Path, shared: Shared) -> None:
+def test_a_folder_with_other_weights_is_named(stories: Path, tmp_path: Path) -> None:
     model = quantised(stories)
-    for other, named in (("models/base-11m", "its layer"), ("models/capp-gpt-hf", "there is no")):
-        model.config.name_or_path = model.name_or_path = str(shared(other))
+    tokens = model.config.vocab_size
+    small = {"vocab_size": tokens, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    LlamaForCausalLM(LlamaConfig(**small, intermediate_size=16)).save_pretrained(tmp_path / "llama")
+    gpt2 = GPT2Config(vocab_size=tokens, n_layer=1, n_head=2, n_embd=16)
+    GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "gpt2")
+    for other, named in (("llama", "its layer"), ("gpt2", "there is no")):
+        model.config.name_or_path = model.name_or_path = str(tmp_path / other)
         with pytest.raises(ModelError, match="HB340") as caught:
             add_lora(model, LoraSpec(4, init="pissa"), seed=0)
         assert named in caught.value.what

@@ -38,8 +38,9 @@ def refuse_resized(model: PreTrainedModel) -> None:
     config: dict[str, Any] = read_json(file)
     text = config.get("text_config")
     stored = (text if isinstance(text, dict) else config).get("vocab_size")
-    held = Limits.of(model).vocabulary
-    if isinstance(stored, int) and stored != held:
+    if not isinstance(stored, int):
+        return
+    if (held := Limits.of(model).vocabulary) != stored:
         raise ModelError(
             "HB347", f"the model has {held:,} tokens, its folder {stored:,}", where=str(file.parent), fix=FIX
         )
