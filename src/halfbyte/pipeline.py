@@ -342,6 +342,10 @@ def _note_oddities(task: Task[Any], folder: RunFolder, watch: Watch) -> None:
         folder.write_text("bad_rows.jsonl", task.rows.reading.as_json_lines())
     for note in task.notes():
         watch.note(note)
+    if used := task.rows.fingerprint:
+        told = refuse_other_template(Path(task.config.model), used, allowed=True)
+        if told:  # which may be what the tuning is for
+            watch.note(f"{task.config.model} was {told}.")
 
 
 def _manifest(task: Task[Any]) -> dict[str, Any]:

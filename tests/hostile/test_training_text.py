@@ -5,6 +5,7 @@ The number in a test's name is that of the failure in the project's list of them
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import halfbyte as hb
 from halfbyte.config import load_config
 from halfbyte.errors import DataError, ModelError
-from halfbyte.pipeline import evaluate
+from halfbyte.pipeline import evaluate, run
+from halfbyte.report.watch import Watch
 from halfbyte.settings import Config
 from halfbyte.tasks.known import prepare
 
@@ -124,6 +127,21 @@ def test_hostile_4_template_differs_or_begins_twice(make: Callable[..., Config],
     file.write_text(json.dumps(facts), encoding="utf-8")
     with pytest.raises(ModelError, match="the tokenizer is another"):
         evaluate(load_config(None, (f"model={file.parent}",), make().model_dump()), result.result)
+
+
+def test_hostile_4_a_base_trained_with_another_format_is_told(
+    make: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Tuning a tuned model in another chat format is allowed, but never unseen."""
+    base = tmp_path / "tuned"
+    hb.run(make("method=full"), evaluate=False).result.rename(base)
+    shutil.rmtree(tmp_path / "run")
+    screen = io.StringIO()
+    for template, seen in ((None, False), ("zephyr", True)):
+        config = make(f"model={base}", *([f"data.template={template}"] if template else []))
+        run(config, evaluate=False, overwrite=False, watch=Watch(Console(file=screen, width=500)))
+        shutil.rmtree(config.output_dir)
+        assert ("the chat format is zephyr, not tokenizer" in screen.getvalue()) is seen
 
 
 def test_hostile_14_rows_are_cut_unseen(make: Callable[..., Config]) -> None:
