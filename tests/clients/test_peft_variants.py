@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils.loftq_utils import loftq_init
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -20,6 +21,8 @@ from halfbyte.model.loading import load
 from halfbyte.model.lora import adapted_modules, adapters_disabled, add_lora
 from halfbyte.model.lora_spec import LoraSpec
 from halfbyte.quant.weight import QuantSpec
+from halfbyte.settings import TrainConfig
+from halfbyte.train.optimizer import build_optimizer
 
 # PEFT asks transformers by an old name, and says of tied weights what the settings' documentation says here.
 pytestmark = [
@@ -142,10 +145,10 @@ def change(model: Any) -> None:
             parameter.data += 0.5 * size * torch.randn(parameter.shape, generator=generator)
 
 
-def train(model: Any) -> list[float]:
-    """The losses of a few steps of AdamW, each on other tokens."""
+def train(model: Any, optimizer: torch.optim.Optimizer | None = None) -> list[float]:
+    """The losses of a few steps of AdamW, or the optimizer given, each on other tokens."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for step in range(STEPS):
         ids = tokens(model, step % 2)
@@ -224,6 +227,42 @@ class OnTheCpu(TorchFunctionMode):
             args = tuple(map(here, args))
             kwargs = {key: here(value) for key, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
+
+
+def test_five_steps_from_loftq_have_peft_s_losses(shared: Shared) -> None:
+    folder = shared("models/base-11m")
+    settings = {
+        "init_lora_weights": "loftq",
+        "loftq_config": peft.LoftQConfig(loftq_bits=4, loftq_iter=1),
+        "target_modules": "all-linear",
+    }
+    with OnTheCpu():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=R, lora_alpha=R, task_type="CAUSAL_LM", **settings)
+        theirs = peft.get_peft_model(reference(folder), config)
+    ours = load(folder, quantization=None, dtype=torch.float32)
+    add_lora(ours, LoraSpec(R, R, init="loftq"), seed=0)
+    plain = load(folder, quantization=None, dtype=torch.float32)
+    assert off(ours, plain) > LOGIT_TOLERANCE, "nothing was quantised"
+    expected, got = train(theirs), train(ours)
+    worst = max(abs(a - b) / b for a, b in zip(got, expected, strict=True))
+    print(f"\nloftq: losses {got[0]:.5f} to {got[-1]:.5f}, at most {worst:.1e} from PEFT's")
+    assert expected[0] - expected[-1] > CLEARLY * expected[0], "nothing was learnt"
+    assert worst <= LOSS_TOLERANCE
+
+
+def test_five_steps_of_lora_plus_have_peft_s_losses(folder: Path) -> None:
+    theirs, ours = theirs_of(folder, {}), ours_of(folder, {})
+    copy_start(theirs, ours)
+    config = TrainConfig(learning_rate=1e-3, lora_plus_ratio=8.0, weight_decay=0.01)
+    plus = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.01
+    )
+    expected, got = train(theirs, plus), train(ours, build_optimizer(ours, config))
+    worst = max(abs(a - b) / b for a, b in zip(got, expected, strict=True))
+    print(f"\nlora+: losses {got[0]:.5f} to {got[-1]:.5f}, at most {worst:.1e} from PEFT's")
+    assert expected[0] - expected[-1] > CLEARLY * expected[0], "nothing was learnt"
+    assert worst <= LOSS_TOLERANCE
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
