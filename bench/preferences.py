@@ -13,6 +13,7 @@ adapter, everything in float32.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -53,10 +54,10 @@ SAME_STEPS, SAME_BATCH, SAME = 20, 8, 0.01
 def measure(tasks: Sequence[str], quick: bool) -> Iterator[Figure]:
     """Yields the figures."""
     with tempfile.TemporaryDirectory() as folder:
-        for task in tasks:
-            yield from learnt(task, Path(folder), quick)
         if "dpo" in tasks:
             yield from beside_trl(Path(folder), quick)
+        for task in tasks:
+            yield from learnt(task, Path(folder), quick)
 
 
 def learnt(task: str, folder: Path, quick: bool) -> Iterator[Figure]:
@@ -85,10 +86,11 @@ def beside_trl(folder: Path, quick: bool) -> Iterator[Figure]:
     config = config_of(
         "dpo",
         folder / "same",
-        fitting("dpo", folder),
+        whole_batches(fitting("dpo", folder)),
         method="lora",
         dtype="float32",
         **{
+            "data.eval_fraction": 0.0,
             "train.packing": False,
             "train.batch_size": SAME_BATCH,
             "train.max_steps": steps,
@@ -119,7 +121,8 @@ def dpo_of_ours(config: Config, folder: Path) -> tuple[list[tuple[float, float]]
     save_adapter(model, folder / "adapter", config.model)
     task.begin(model)
     plan, rows = task.plan(), folder / "rows.json"
-    passes = [members for window in plan.order.windows(0) for members in window][: plan.total_steps]
+    epochs = (window for epoch in itertools.count() for window in plan.order.windows(epoch))
+    passes = list(itertools.islice(itertools.chain.from_iterable(epochs), plan.total_steps))
     assert all(len(members) == SAME_BATCH for members in passes), "a short pass would shift TRL's"
     given = [as_tokens(*(task.rows.train[2 * unit + k] for k in (0, 1))) for one in passes for unit in one]
     rows.write_text(json.dumps(given), encoding="utf-8")
@@ -141,6 +144,14 @@ def dpo_of_ours(config: Config, folder: Path) -> tuple[list[tuple[float, float]]
         "learning_rate": config.train.learning_rate,
         "steps": plan.total_steps,
     }
+
+
+def whole_batches(rows: Path) -> Path:
+    """As many of some rows as fill batches, as a file beside theirs."""
+    given = json.loads(rows.read_text(encoding="utf-8"))
+    target = rows.with_name("whole_batches.json")
+    target.write_text(json.dumps(given[: len(given) // SAME_BATCH * SAME_BATCH]), encoding="utf-8")
+    return target
 
 
 def as_tokens(better: Example, worse: Example) -> dict[str, list[int]]:
