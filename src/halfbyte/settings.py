@@ -118,12 +118,13 @@ class DataConfig(_Section):
     skip_bad_rows: int = Field(0, ge=0)
     """Faulty rows that are left out, counted and listed in bad_rows.jsonl; one more is an error."""
     max_length: int = Field(512, ge=2)
-    """Tokens per row; what is longer is cut at the end, and counted."""
+    """Tokens per row, of an encoder-decoder of the prompt and of the answer; what is longer is cut at the end, and
+    counted."""
     max_truncated: float = Field(0.05, ge=0, le=1)
     """Share of the rows, of either side, that may be cut at max_length; more are refused."""
     template: TemplateName = "auto"
-    """Chat format: auto takes the tokenizer's own, else chatml where its tokens exist, else plain; qwen2 is chatml
-    with Qwen2.5's system message where a row brings none."""
+    """Chat format: auto takes the tokenizer's own, else chatml where its tokens exist, else plain, and for an
+    encoder-decoder none; qwen2 is chatml with Qwen2.5's system message where a row brings none."""
     cache: bool | str = True
     """Keep tokenised rows for later runs: true where doctor says, false not at all, or in the folder named."""
 
@@ -263,6 +264,11 @@ class TrainConfig(_Section):
         if batch_tokens is not None and others.data.get("packing") is False:
             raise PydanticCustomError("unread", "null where train.packing is false: set train.batch_size")
         return batch_tokens
+
+    @property
+    def padded(self) -> TrainConfig:
+        """The same for a model whose rows cannot be packed: `batch_size` of them side by side."""
+        return self.model_copy(update={"packing": False, "batch_tokens": None})
 
 
 class PreferenceConfig(_Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,11 +18,14 @@ from halfbyte.cli.recipe import Json, Set, SkipBadRows
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from halfbyte.data.check import DataReport, Lengths
     from halfbyte.data.faults import Reading
     from halfbyte.data.order import Usage
     from halfbyte.data.row import Row
-    from halfbyte.settings import Config
+    from halfbyte.data.tokenise import Example
+    from halfbyte.settings import Config, TrainConfig
 
 CHECK_EXAMPLES = (
     "[bold]Examples[/]\n\n"
@@ -97,12 +101,10 @@ def show(
     from halfbyte.data.check import check_rows
     from halfbyte.data.faults import Reading
     from halfbyte.data.read import read_rows
-    from halfbyte.data.render import Renderer
-    from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
 
     wanted = [f"data.template={json.dumps(template)}", f"data.max_length={max_length}", *_skip(skip_bad_rows)]
-    settings = _settings(files, format, wanted).data
-    renderer = Renderer(load_tokenizer(model), settings.template)
+    config = _settings(files, format, wanted, model)
+    settings = config.data
     reading = Reading(settings.skip_bad_rows)
     rows = check_rows(read_rows(settings.train, settings.format, reading), reading=reading).rows
     if row is not None and row > len(rows):
@@ -110,11 +112,11 @@ def show(
             "HB102", f"got {row}, expected at most {len(rows)}, the number of rows", where="--row"
         )
     shown = rows[:count] if row is None else rows[row - 1 : row]
-    tokenised = tokenise_rows(shown, renderer, settings.max_length)
+    tokenised = _tokenised(shown, config, max_truncated=1.0)
     skipped = f", {len(reading.skipped):,} bad rows skipped" if reading.skipped else ""
-    STDOUT.print(f"template {renderer.template}, {len(rows):,} rows{skipped}\n", highlight=False)
+    STDOUT.print(f"template {tokenised.template}, {len(rows):,} rows{skipped}\n", highlight=False)
     for example in tokenised.examples:
-        print_example(example, renderer.tokenizer, STDOUT, ids=tokens)
+        print_example(example, tokenised.tokenizer, STDOUT, ids=tokens)
 
 
 def _skip(rows: int | None) -> list[str]:
@@ -150,14 +152,38 @@ def _count_tokens(rows: Sequence[Row], config: Config) -> Tokens:
     """Tokenise rows and fill passes with them, as training would."""
     from halfbyte.data.check import Lengths
     from halfbyte.data.order import Usage, order_of
-    from halfbyte.data.render import Renderer
-    from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
 
-    renderer = Renderer(load_tokenizer(config.model), config.data.template)
-    tokenised = tokenise_rows(rows, renderer, config.data.max_length, config.data.max_truncated)
-    lengths = [len(example.input_ids) for example in tokenised.examples]
-    usage = Usage.of(order_of(lengths, config.train, config.seed))
-    return Tokens(Lengths.of(lengths), tokenised.truncated, usage)
+    tokenised = _tokenised(rows, config, config.data.max_truncated)
+    lengths = [example.tokens for example in tokenised.examples]
+    usage = Usage.of(order_of(lengths, tokenised.train, config.seed))
+    return Tokens(Lengths.of(lengths), sum(e.truncated for e in tokenised.examples), usage)
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    """Rows as a model takes them, how they were written out, and settings that batches of them follow."""
+
+    examples: Sequence[Example]
+    template: str
+    tokenizer: PreTrainedTokenizerBase
+    train: TrainConfig
+
+
+def _tokenised(rows: Sequence[Row], config: Config, max_truncated: float) -> _Tokenised:
+    """Tokenise rows as the model of the settings takes them."""
+    from halfbyte.data.render import Renderer
+    from halfbyte.data.seq2seq import PromptWriter, encode_pairs
+    from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
+    from halfbyte.model.seq2seq import decoder_start, holds_encoder_decoder
+
+    data, tokenizer = config.data, load_tokenizer(config.model)
+    if holds_encoder_decoder(folder := Path(config.model)):
+        writer = PromptWriter(tokenizer, data.template)
+        pairs = encode_pairs(rows, writer, decoder_start(folder), data.max_length, max_truncated)
+        return _Tokenised(pairs.examples, writer.template, tokenizer, config.train.padded)
+    renderer = Renderer(tokenizer, data.template)
+    found = tokenise_rows(rows, renderer, data.max_length, max_truncated)
+    return _Tokenised(found.examples, renderer.template, tokenizer, config.train)
 
 
 def _described(reading: Reading) -> dict[str, str]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
@@ -58,16 +60,19 @@ def print_example(
         console: Where to; without colour, what is learnt stands in ⟦brackets⟧.
         ids: Print each token with its id as well.
     """
-    pieces = list(_pieces(example, tokenizer))
+    sides = [list(_pieces(ids, trained, tokenizer)) for ids, trained in example.sides]
+    pieces = [piece for side in sides for piece in side]
     brackets = console.color_system is None
     cut = ", cut at max_length" if example.truncated else ""
     control = sum(piece.control for piece in pieces)
     counts = f"{len(pieces):,} tokens, {control:,} of them special, {example.trained_tokens:,} trained{cut}"
     console.print(Text(f"{example.where}   {counts}", style="bold"), soft_wrap=True)
-    console.print(_text(pieces, brackets=brackets, cut=example.truncated), soft_wrap=True)
-    if ids:
-        for start in range(0, len(pieces), IDS_PER_LINE):
-            console.print(_ids(pieces[start : start + IDS_PER_LINE], brackets=brackets), soft_wrap=True)
+    for side in sides:
+        ended = len(sides) > 1 and side[-1].id == tokenizer.eos_token_id
+        console.print(_text(side, brackets=brackets, cut=example.truncated and not ended), soft_wrap=True)
+        if ids:
+            for start in range(0, len(side), IDS_PER_LINE):
+                console.print(_ids(side[start : start + IDS_PER_LINE], brackets=brackets), soft_wrap=True)
     console.print()
 
 
@@ -90,8 +95,10 @@ def _ids(pieces: list[Piece], *, brackets: bool) -> Text:
     return Text("  ").join(cells)
 
 
-def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """The row's tokens with what each adds to the text.
+def _pieces(
+    ids_of: NDArray[np.int32], learnt: NDArray[np.bool_], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Piece]:
+    """A row's tokens with what each adds to the text.
 
     Decoded alone, a token could lose a blank: it is decoded behind the ones before it. Half a character shows with
     the token that completes it.
@@ -102,9 +109,9 @@ def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Pi
     def decoded(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    ids = example.input_ids.tolist()
+    ids = ids_of.tolist()
     begin = shown = 0
-    for at, (token, trained) in enumerate(zip(ids, example.trained.tolist(), strict=True), start=1):
+    for at, (token, trained) in enumerate(zip(ids, learnt.tolist(), strict=True), start=1):
         text = decoded(ids[begin:at])
         if text.endswith("\ufffd") and at < len(ids):
             yield Piece("", token, trained, token in special)

@@ -5,6 +5,7 @@ It owns how a summary looks; every number in it was computed elsewhere.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from halfbyte.cli.consoles import size
 from halfbyte.evaluate.metrics import KINDS, Kind
+from halfbyte.model.seq2seq import holds_encoder_decoder
 from halfbyte.train.display import duration
 
 if TYPE_CHECKING:
@@ -184,7 +186,8 @@ AUTO_CLASSES = {
 def _use(result: RunResult) -> Text:
     """Lines of Python that load what was trained."""
     s = result.summary.setting
-    kind = AUTO_CLASSES.get(s.task, "AutoModelForCausalLM")
+    writer = "AutoModelForSeq2SeqLM" if holds_encoder_decoder(Path(s.model)) else "AutoModelForCausalLM"
+    kind = AUTO_CLASSES.get(s.task, writer)
     if s.method == "full":
         return Text(f'  from transformers import {kind}\n  model = {kind}.from_pretrained("{result.result}")')
     task = f', task="{s.task}"' if s.task in AUTO_CLASSES else ""

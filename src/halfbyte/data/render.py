@@ -165,7 +165,7 @@ class Renderer:
             answers = Answers(text, ((len(prompt), len(text)),), (self._eos,), len(prompt))
             answer = row.messages[-1].content.removesuffix(self._eos)
         else:
-            self._refuse_control_tokens(row)
+            self.refuse_control_tokens(row)
             answers = self._answers(row.messages, row.tools)
             answer = None if row.messages[-1].tool_calls else answer
         prompt = answers.text[: answers.prompt_end]
@@ -174,7 +174,8 @@ class Renderer:
     def _with_eos(self, text: str) -> str:
         return text if text.endswith(self._eos) else text + self._eos
 
-    def _refuse_control_tokens(self, row: Row) -> None:
+    def refuse_control_tokens(self, row: Row) -> None:
+        """Refuse a conversation in which a message holds a token that steers the model: HB210."""
         words = {"the row's list of tools": json.dumps(row.tools, ensure_ascii=False)} if row.tools else {}
         for number, message in enumerate(row.messages or (), start=1):
             facts = message.tool_facts

@@ -65,6 +65,16 @@ class Example:
         return len(self.input_ids)
 
     @property
+    def longest(self) -> int:
+        """Tokens that are read in one piece."""
+        return len(self.input_ids)
+
+    @property
+    def sides(self) -> tuple[tuple[NDArray[np.int32], NDArray[np.bool_]], ...]:
+        """The pieces it is shown to a person in: tokens, and which of them are targets."""
+        return ((self.input_ids, self.trained),)
+
+    @property
     def content(self) -> bytes:
         """Its tokens and which of them are targets."""
         return self.input_ids.tobytes() + self.trained.tobytes()

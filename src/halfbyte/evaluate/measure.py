@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.data.pack import collate
 from halfbyte.evaluate.metrics import Metric
-from halfbyte.evaluate.perplexity import LossResult, Progress, held_out_loss
+from halfbyte.evaluate.perplexity import Lay, LossResult, Progress, held_out_loss
 from halfbyte.evaluate.tasks import Answer, ExactMatchResult, exact_match, gradable, write_records
 
 if TYPE_CHECKING:
@@ -27,16 +28,18 @@ class Subject:
     """What is measured.
 
     Args:
-        model: A causal language model.
+        model: A language model.
         tokenizer: Its tokenizer.
         stop_ids: Token ids that end an answer.
         pad_id: Token id to fill short rows with; masked, so its value is free.
+        lay: Makes a batch of rows for this model.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stop_ids: Sequence[int]
     pad_id: int
+    lay: Lay = collate
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def measure(
             examples,
             batch_size=config.batch_size,
             pad_id=subject.pad_id,
+            lay=subject.lay,
             resamples=config.bootstrap,
             seed=seed,
             progress=progress,

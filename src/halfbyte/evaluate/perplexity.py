@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte.data.pack import UNTRAINED, collate
+from halfbyte.data.pack import UNTRAINED, Batch, collate
 from halfbyte.errors import EvaluateError, listed
 from halfbyte.evaluate.statistics import Interval, Score, bootstrap_ratio
 from halfbyte.model.heads import head_route, trained_token_losses
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called with the number of items done and of all items."""
+
+Lay = Callable[[Sequence["Example"], int], Batch]
+"""Lays examples side by side, filled up with a token id."""
 
 LOGIT_BYTES = 256 << 20
 """Largest float32 logits of one batch of a model whose logits must all exist; the batch is cut shorter, down to one
@@ -78,6 +81,7 @@ def held_out_loss(
     *,
     batch_size: int,
     pad_id: int,
+    lay: Lay = collate,
     resamples: int = 1000,
     seed: int = 0,
     progress: Progress | None = None,
@@ -88,10 +92,11 @@ def held_out_loss(
     rounding of the model's own arithmetic. Losses are computed in float32 and summed in float64.
 
     Args:
-        model: A causal language model of transformers.
+        model: A language model of transformers.
         examples: Tokenised rows; equal rows (by id) count once.
         batch_size: Rows at once, at least 1.
         pad_id: Token id of padding; masked, so its value does not matter.
+        lay: Makes a batch of rows for this model.
         resamples: Bootstrap resamples of the interval.
         seed: Of the bootstrap.
         progress: Told after each batch.
@@ -104,7 +109,7 @@ def held_out_loss(
     losses: dict[str, ItemLoss] = {}
     with measured(model):
         for batch in _batches(distinct, batch_size, _logit_bytes(model)):
-            losses.update((item.id, item) for item in _batch_losses(model, batch, pad_id))
+            losses.update((item.id, item) for item in _batch_losses(model, batch, lay(batch, pad_id)))
             if progress is not None:
                 progress(len(losses), len(distinct))
     items = tuple(losses[example.id] for example in distinct)
@@ -148,7 +153,7 @@ def _batches(examples: Sequence[Example], batch_size: int, logit_bytes: int) -> 
         raise EvaluateError("HB603", f"{len(empty)} rows have no trained token:{listed(empty)}")
     batch: list[Example] = []
     trained = 0
-    for example in sorted(examples, key=lambda e: len(e.input_ids), reverse=True):
+    for example in sorted(examples, key=lambda e: e.tokens, reverse=True):
         is_full = len(batch) == batch_size or (trained + example.trained_tokens) * logit_bytes > LOGIT_BYTES
         if batch and is_full:
             yield batch
@@ -158,8 +163,7 @@ def _batches(examples: Sequence[Example], batch_size: int, logit_bytes: int) -> 
     yield batch
 
 
-def _batch_losses(model: PreTrainedModel, examples: Sequence[Example], pad_id: int) -> Iterator[ItemLoss]:
-    batch = collate(examples, pad_id)
+def _batch_losses(model: PreTrainedModel, examples: Sequence[Example], batch: Batch) -> Iterator[ItemLoss]:
     labels = torch.from_numpy(batch.labels).to(model.device)
     nll = trained_token_losses(model, model_inputs(batch, model.device), labels)  # (P,)
     row = (labels[:, 1:] != UNTRAINED).nonzero()[:, 0]  # (P,)

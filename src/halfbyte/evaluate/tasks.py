@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from halfbyte.data.tokenise import padding_id
+from halfbyte.data.tokenise import Encoder, padding_id
 from halfbyte.errors import EvaluateError
 from halfbyte.evaluate.perplexity import Progress, distinct_examples
 from halfbyte.evaluate.statistics import Interval, Score, proportion
 from halfbyte.model.limits import Limits
 from halfbyte.model.mode import measured
+from halfbyte.model.seq2seq import is_encoder_decoder
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -112,7 +113,7 @@ def exact_match(
     generation settings are not applied. The model is left as it was found.
 
     Args:
-        model: A causal language model of transformers.
+        model: A language model of transformers.
         tokenizer: Its tokenizer, to decode.
         examples: Tokenised rows; equal rows (by id) count once.
         max_new_tokens: Longest answer, in tokens.
@@ -125,7 +126,8 @@ def exact_match(
     """
     distinct = distinct_examples(examples)
     graded = [example for example in distinct if gradable(example)]
-    room = _context(model) - max_new_tokens
+    two = is_encoder_decoder(model)  # prompt and answer do not share the context then
+    room = _context(model) - max_new_tokens * (not two)
     fitting = [example for example in graded if len(_prompt(example)) <= room]
     if not fitting:
         unfit = (
@@ -137,6 +139,7 @@ def exact_match(
             fix="set evaluate.exact_match to false, or evaluate.max_new_tokens lower",
         )
     pad_id = padding_id(tokenizer)
+    lead = Encoder(tokenizer).prefix.tolist() if two else []
     answers: dict[str, Answer] = {}
     longest_first = sorted(fitting, key=lambda e: len(_prompt(e)), reverse=True)
     with measured(model), _plain_generation(model):
@@ -145,7 +148,7 @@ def exact_match(
             for example, tokens in zip(
                 batch, _generate(model, batch, max_new_tokens, stop_ids, pad_id), strict=True
             ):
-                answers[example.id] = _grade(tokenizer, example, tokens, stop_ids)
+                answers[example.id] = _grade(tokenizer, example, _behind(lead, tokens), stop_ids)
             if progress is not None:
                 progress(len(answers), len(fitting))
     items = tuple(answers[example.id] for example in fitting)
@@ -214,21 +217,32 @@ def _generate(
     """New tokens of each example, up to and including the first stop token."""
     prompts = [_prompt(example) for example in examples]
     width = max(map(len, prompts))
-    # Padded on the left, so that every prompt ends where its answer begins.
-    input_ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    two = is_encoder_decoder(model)
+    # Padded on the left, so that every prompt ends where its answer begins; an encoder reads as it was trained to.
+    side = -1 if two else 1
+    ids = [([pad_id] * (width - len(p)), p)[::side] for p in prompts]
+    real = [([0] * (width - len(p)), [1] * len(p))[::side] for p in prompts]
+    input_ids, mask = (
+        torch.tensor([[*a, *b] for a, b in rows], device=model.device) for rows in (ids, real)
+    )
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_ids) or None,
         pad_token_id=pad_id,
+        decoder_start_token_id=model.config.decoder_start_token_id if two else None,
         use_cache=True,
     )
     written = model.generate(  # type: ignore[operator]
         input_ids=input_ids, attention_mask=mask, generation_config=settings
     )
-    return [_until_stop(tokens, stop_ids) for tokens in written[:, width:].tolist()]
+    return [_until_stop(tokens, stop_ids) for tokens in written[:, 1 if two else width :].tolist()]
+
+
+def _behind(lead: list[int], tokens: list[int]) -> list[int]:
+    """The tokens without those that the tokenizer puts before every text."""
+    return tokens[len(lead) :] if tokens[: len(lead)] == lead else tokens
 
 
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 from halfbyte.errors import ModelError
 from halfbyte.model.files import PICKLED, contained, read_json
 from halfbyte.model.lora_spec import LoraSpec
-from halfbyte.model.purpose import TASK_TYPES
+from halfbyte.model.purpose import SEQ2SEQ, TASK_TYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -48,7 +48,7 @@ _READ = frozenset(
 # What these settings may be; others of the same name change the base or add what is not in the file.
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
-    "task_type": (*TASK_TYPES.values(), None),
+    "task_type": (*TASK_TYPES.values(), SEQ2SEQ, None),
     "bias": ("none", "all", "lora_only"),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "use_rslora": (True, False),

@@ -45,7 +45,7 @@ from halfbyte.model.lora import adapted_modules, biases_outside, refuse_adapted,
 from halfbyte.model.lora_init import Pair, residual
 from halfbyte.model.lora_spec import ALL_LINEAR, LoraSpec, matches
 from halfbyte.model.originals import Originals
-from halfbyte.model.purpose import LABELLED, LABELS, TASK_TYPES, labels_of, purpose_of
+from halfbyte.model.purpose import LABELLED, LABELS, labels_of, purpose_of, task_type
 from halfbyte.model.saving import whole_folder, write_json
 from halfbyte.model.stored import StoredTensor, read_header
 from halfbyte.model.vocabulary import FIX, embedding_name, refuse_resized
@@ -98,7 +98,7 @@ def save_adapter(
     modules = [name for name, _ in model.named_modules()]
     settings = {
         "peft_type": "LORA",
-        "task_type": TASK_TYPES[purpose_of(model)],
+        "task_type": task_type(model),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": spec.r,
@@ -283,7 +283,7 @@ def _refuse_misfit(model: PreTrainedModel, folder: Path, settings: AdapterSettin
     names_to_train(model, list(stored.beside))
     faults = _matrix_faults(linear, settings.spec, stored) + _beside_faults(model, settings.spec, stored)
     faults += _bias_faults(model, stored)
-    if settings.task_type not in (None, made_for := TASK_TYPES[purpose_of(model)]):
+    if settings.task_type not in (None, made_for := task_type(model)):
         faults.append(f"it is for {settings.task_type}, the model is loaded for {made_for}")
     if not faults:
         adapted = stored.matrices.keys()

@@ -63,12 +63,14 @@ def use(model: PreTrainedModel) -> bool:
         model: Any model of transformers.
 
     Returns:
-        Whether it does now; it does not if its family has its own attention code, or without compiled kernels, and
-        `choices` says so.
+        Whether it does now; it does not if its family has its own attention code or a decoder beside an encoder, or
+        without compiled kernels, and `choices` says so.
     """
     kind = type(model).__name__
     if native_module() is None:
         _note(kind, "transformers", "native kernels are not in use")
+    elif model.config.is_encoder_decoder:
+        _note(kind, "transformers", "its decoder attends to another text than its own")
     elif not model._supports_attention_backend or not model._can_set_attn_implementation():
         _note(kind, "transformers", "the model computes attention with code of its own")
     elif _eager_function(model) is None:

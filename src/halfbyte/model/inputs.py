@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.data.pack import Batch
+from halfbyte.data.seq2seq import Seq2SeqBatch
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -27,11 +28,20 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
 
     Returns:
         `input_ids` (B, T) int64; with padding `attention_mask` (B, T) int64; packed `position_ids` (1, T) int64,
-        `cu_seq_lens_q` and `cu_seq_lens_k` (n + 1,) int32, `max_length_q` and `max_length_k`.
+        `cu_seq_lens_q` and `cu_seq_lens_k` (n + 1,) int32, `max_length_q` and `max_length_k`. Of prompts and answers
+        `input_ids` and `attention_mask` (B, S), `decoder_input_ids` and `decoder_attention_mask` (B, T).
 
     Source: transformers, `FlashAttentionKwargs` and `masking_utils.find_packed_sequence_indices`.
     """
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.input_ids).to(device), "use_cache": False}
+    if isinstance(batch, Seq2SeqBatch):
+        return {
+            "input_ids": torch.from_numpy(batch.source_ids).to(device),
+            "attention_mask": torch.from_numpy(batch.source_mask).to(device),
+            "decoder_input_ids": inputs["input_ids"],
+            "decoder_attention_mask": torch.from_numpy(batch.attention_mask).to(device),
+            "use_cache": False,
+        }
     if not batch.is_packed:
         return inputs | {"attention_mask": torch.from_numpy(batch.attention_mask).to(device)}
     bounds = torch.from_numpy(batch.cu_seqlens).to(device)

@@ -68,7 +68,7 @@ class Limits:
             _refuse(
                 "HB212",
                 [
-                    (e, f"it has {len(e.input_ids):,} tokens" if len(e.input_ids) > context else "")
+                    (e, f"it has {e.longest:,} tokens" if e.longest > context else "")
                     for e in examples
                 ],
                 f"are longer than the model's context of {context:,} tokens",

@@ -24,6 +24,7 @@ from halfbyte.model.beside import outside, trained_modules
 from halfbyte.model.files import ModelFolder, open_model_folder
 from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.purpose import Head, begin, head_modules, is_of_another_head, may_begin, unread_modules
+from halfbyte.model.seq2seq import is_encoder_decoder
 from halfbyte.model.skeleton import Slot, build_skeleton, slots
 from halfbyte.model.stored import StoredTensor
 from halfbyte.model.stored_names import StoredNames
@@ -81,7 +82,7 @@ def load(
         adapter: Folder of a LoRA adapter in PEFT's format to put on top.
         progress: Told how far reading is.
         head: What stands on an encoder, in float32; a head of its own is taken from the folder where that has these
-            labels, and begins anew elsewhere. None for a causal language model.
+            labels, and begins anew elsewhere. None for a model that writes.
 
     Returns:
         The model in evaluation mode. In 4 bits it is frozen; without quantization its parameters require
@@ -95,6 +96,9 @@ def load(
     stored_in_4bit = _stored_in_4bit(folder)
     model = build_skeleton(folder, dtype, head)
     entries, fresh = _match(folder, model, head)
+    if is_encoder_decoder(model) and (kept := [e for e in entries if e.is_4bit and e.slot.linear is None]):
+        what = f"{kept[0].slot.names[0]} is in 4 bits, its model casts what it multiplies to the weight's dtype"
+        _wrong_tensors(folder, model, "HB314", what)
     if any(entry.is_4bit for entry in entries) != stored_in_4bit:
         _wrong_tensors(
             folder, model, "HB314", "config.json and the weights disagree on whether they are in 4 bits"

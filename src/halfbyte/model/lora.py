@@ -97,6 +97,13 @@ class LoraLinear(nn.Module):
         return None if self.taken_a is None or self.taken_b is None else Pair(self.taken_a, self.taken_b)
 
     @property
+    def weight(self) -> Tensor:
+        """The base's, for models that look at its dtype, as T5 does before its last product."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
     def rescales(self) -> bool:
         """Whether DoRA has a hand in the output."""
         return self.enabled and self.magnitude is not None

@@ -28,6 +28,7 @@ from transformers import (
 from halfbyte.errors import ModelError
 from halfbyte.model.beside import outside
 from halfbyte.model.files import CONFIG, contained, read_json
+from halfbyte.model.seq2seq import is_encoder_decoder
 
 Purpose = Literal["generate", "classify", "tag", "embed", "classify_images"]
 
@@ -51,6 +52,8 @@ TASK_TYPES: dict[Purpose, str | None] = {
 
 Source: `TaskType` of PEFT.
 """
+SEQ2SEQ = "SEQ_2_SEQ_LM"
+"""PEFT's name for models that generate with an encoder and a decoder."""
 LABELLED: tuple[Purpose, ...] = ("classify", "tag", "classify_images")
 """Purposes whose heads have a class for each label."""
 LABELS = "labels.json"
@@ -125,11 +128,18 @@ class Head:
 
 def purpose_of(model: PreTrainedModel) -> Purpose:
     """What a model's class is for."""
+    if is_encoder_decoder(model):
+        return "generate"
     for purpose in ("classify", "tag", "classify_images", "generate"):
         found = CLASSES[purpose].get(type(model.config), ())
         if type(model) in (found if isinstance(found, tuple) else (found,)):
             return purpose
     return "embed" if model.base_model is model else "generate"
+
+
+def task_type(model: PreTrainedModel) -> str | None:
+    """PEFT's name of what a model is for."""
+    return SEQ2SEQ if is_encoder_decoder(model) else TASK_TYPES[purpose_of(model)]
 
 
 def labels_of(config: PretrainedConfig) -> tuple[str, ...]:

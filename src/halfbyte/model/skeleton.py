@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -26,6 +27,7 @@ from halfbyte.model.blocks import use_blocks
 from halfbyte.model.files import ModelFolder
 from halfbyte.model.linear4bit import is_linear
 from halfbyte.model.purpose import Head, compute_precisely, head_modules, purpose_of
+from halfbyte.model.seq2seq import is_encoder_decoder, untie_own_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,14 @@ def build_skeleton(folder: ModelFolder, dtype: torch.dtype, head: Head | None = 
     Args:
         folder: The checked folder.
         dtype: The model's dtype; a head on an encoder is in float32.
-        head: What stands on the encoder; None for a causal language model.
+        head: What stands on the encoder; None for a model that writes: a causal one, or an encoder-decoder.
 
     Returns:
         The model in evaluation mode, with our attention and fused layers where its family allows that;
         parameters made by `torch.empty` are on the meta device.
 
     Raises:
-        ModelError: HB301 settings that contradict each other, HB312 no causal language model, HB313 unknown
+        ModelError: HB301 settings that contradict each other, HB312 no model that writes, HB313 unknown
             type, HB350 no encoder.
     """
     config = _model_config(folder)
@@ -101,6 +103,8 @@ def build_skeleton(folder: ModelFolder, dtype: torch.dtype, head: Head | None = 
     model.config.dtype = dtype  # older transformers leave what the file says
     if head is not None:
         compute_precisely(model)
+    if is_encoder_decoder(model):
+        untie_own_head(model, folder)
     attention.use(model)
     use_blocks(model)
     model.train(False)
@@ -128,7 +132,9 @@ def _model_config(folder: ModelFolder) -> PretrainedConfig:
 
 def _model_class(config: PretrainedConfig, folder: ModelFolder) -> Any:
     """The class transformers has for this type, if the weights were saved from that class."""
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    two = config.is_encoder_decoder
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if two else MODEL_FOR_CAUSAL_LM_MAPPING
+    found: Any = mapping.get(type(config), None)
     classes: tuple[Any, ...] = found if isinstance(found, tuple) else (found,) if found else ()
     saved_from = config.architectures or [known.__name__ for known in classes]
     for known in classes:
@@ -139,7 +145,7 @@ def _model_class(config: PretrainedConfig, folder: ModelFolder) -> Any:
         "HB312",
         f"its weights are those of {', '.join(saved_from) or config.model_type}, expected {expected}",
         where=str(folder.path / "config.json"),
-        fix="use a model that generates text: one whose architectures end in ForCausalLM or LMHeadModel",
+        fix="use a model that generates text: one whose architectures end in ForCausalLM, LMHeadModel or ForConditionalGeneration",
     )
 
 

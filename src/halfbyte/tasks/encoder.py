@@ -66,8 +66,7 @@ class EncoderTask(Task[EncodedExample]):
         self.pad_id = padding_id(tokenizer)
         self.why_padded = unpackable(self.skeleton()) if config.train.packing else ""
         if self.why_padded:
-            padded = config.train.model_copy(update={"packing": False, "batch_tokens": None})
-            self.config = config.model_copy(update={"train": padded})
+            self.config = config.model_copy(update={"train": config.train.padded})
         packs = self.config.train.packing
         self.collate = partial(collate_encoded, pad_id=None if packs else self.pad_id)
 

@@ -85,7 +85,7 @@ class PreferenceTask(WordsTask):
     def __init__(
         self, config: Config, rows: Prepared[Example], renderer: Renderer, good: Mapping[str, bool]
     ) -> None:
-        super().__init__(config, rows, renderer)
+        super().__init__(config, rows, renderer.tokenizer)
         constants = config.preference.model_dump() | {
             "beta": config.preference.beta or BETA.get(config.task, OTHER_BETA)
         }

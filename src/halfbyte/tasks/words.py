@@ -1,6 +1,6 @@
 """Tasks of a language model that learns words: shared ground, and supervised fine-tuning.
 
-It owns how rows of words meet a causal language model; it must not know how a step is done.
+It owns how rows of words meet a language model; it must not know how a step is done.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from halfbyte.tasks.task import Prepared, Progress, Task
 from halfbyte.train.methods import load_base, saver
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from halfbyte.settings import Config
 
 
 class WordsTask(Task[Example]):
-    """A causal language model and rows of words.
+    """A language model and rows of words.
 
     Args:
         config: Settings of the run.
         rows: Its rows.
-        renderer: Writes rows out, and holds the tokenizer.
+        tokenizer: The model's.
     """
 
-    def __init__(self, config: Config, rows: Prepared[Example], renderer: Renderer) -> None:
+    def __init__(self, config: Config, rows: Prepared[Example], tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(config, rows)
-        self.tokenizer = renderer.tokenizer
+        self.tokenizer = tokenizer
         self.pad_id = padding_id(self.tokenizer)
 
     def skeleton(self) -> PreTrainedModel:
-        """A causal language model with weights that take no memory."""
+        """The language model with weights that take no memory."""
         return build_skeleton(open_model_folder(self.config.model), computing_dtype(self.config.dtype))
 
     def load(self, progress: Progress | None = None) -> PreTrainedModel:
-        """The causal language model, as its method holds it."""
+        """The language model, as its method holds it."""
         return load_base(self.config, progress)
 
     def check_fit(self, model: PreTrainedModel) -> None:
@@ -80,7 +80,7 @@ class SftTask(WordsTask):
     def __init__(
         self, config: Config, rows: Prepared[Example], renderer: Renderer, sides: StoredSides
     ) -> None:
-        super().__init__(config, rows, renderer)
+        super().__init__(config, rows, renderer.tokenizer)
         self.sides = sides
         self.stop_ids = sides.stop_ids
 
