@@ -1,4 +1,4 @@
-"""Models with an encoder and a decoder: which folders hold one, where its answers begin, whose output head is its own.
+"""Models with an encoder and a decoder: which folders hold one, where answers begin, whose head has its own weight.
 
 It owns what such models are told apart by; it must not know rows, losses or how weights are read.
 """

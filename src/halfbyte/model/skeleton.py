@@ -52,6 +52,11 @@ class Slot:
     linear: nn.Module | None
     is_embedding: bool
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is a matrix that is multiplied with and may not be in 4 bits."""
+        return self.linear is None and not self.is_embedding and len(self.shape) == 2
+
 
 class _EmptyWithoutMemory(TorchFunctionMode):
     """Sends `torch.empty` to the meta device: that is how modules make the weights that a file will fill.
@@ -145,7 +150,7 @@ def _model_class(config: PretrainedConfig, folder: ModelFolder) -> Any:
         "HB312",
         f"its weights are those of {', '.join(saved_from) or config.model_type}, expected {expected}",
         where=str(folder.path / "config.json"),
-        fix="use a model that generates text: one whose architectures end in ForCausalLM, LMHeadModel or ForConditionalGeneration",
+        fix="use a model that generates text: its architectures end in ForCausalLM, LMHeadModel or ForConditionalGeneration",
     )
 
 

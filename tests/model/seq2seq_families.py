@@ -1,4 +1,4 @@
-"""Folders of tiny models with an encoder and a decoder, with a tokenizer of their own; no values in them are anybody's."""
+"""Folders of tiny random models with an encoder and a decoder, and of a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -39,8 +39,6 @@ def tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     backend.normalizer = normalizers.Sequence([normalizers.Replace("\n", " "), normalizers.Strip()])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    from tokenizers import decoders
-
     backend.decoder = decoders.Metaspace()
     lead = "<s> " if bos else ""
     specials = [("</s>", 1), ("<s>", 3)]
