@@ -41,7 +41,11 @@ START_ROWS, TUNE_ROWS = 4000, 800
 def written(day: date, random_: random.Random) -> str:
     """A date in words, one way or another."""
     month = MONTHS[day.month - 1]
-    ways = (f"{day.day} {month} {day.year}", f"{month} {day.day}, {day.year}", f"{day.year}, {month} {day.day}")
+    ways = (
+        f"{day.day} {month} {day.year}",
+        f"{month} {day.day}, {day.year}",
+        f"{day.year}, {month} {day.day}",
+    )
     return random_.choice(ways)
 
 

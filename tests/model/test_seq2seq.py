@@ -57,7 +57,9 @@ def examples(start: int, count: int = 8, vocabulary: int = 60) -> list[Seq2SeqEx
         source, target = (random.integers(4, vocabulary, n) for n in random.integers(1, 12, 2))
         ids = np.array([start, *target, 1], np.int32)
         source = np.array([*source, 1], np.int32)
-        found.append(Seq2SeqExample(ids, np.arange(len(ids)) > 0, source, "", str(number), "f:1", truncated=False))
+        found.append(
+            Seq2SeqExample(ids, np.arange(len(ids)) > 0, source, "", str(number), "f:1", truncated=False)
+        )
     return found
 
 

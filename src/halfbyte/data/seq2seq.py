@@ -163,7 +163,9 @@ class PromptWriter:
             raise DataError(error.code, error.what, where=row.where, fix=error.fix) from error
         if any(message.role == "assistant" for message in asked):
             what = "it is a conversation of several answers, and no chat format tells who speaks"
-            raise _unusable(row, what, "set data.template to plain, or give rows of one prompt and one answer")
+            raise _unusable(
+                row, what, "set data.template to plain, or give rows of one prompt and one answer"
+            )
         return "\n\n".join(m.content for m in asked if m.content), answer.content
 
 

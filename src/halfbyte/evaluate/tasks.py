@@ -222,9 +222,7 @@ def _generate(
     side = -1 if two else 1
     ids = [([pad_id] * (width - len(p)), p)[::side] for p in prompts]
     real = [([0] * (width - len(p)), [1] * len(p))[::side] for p in prompts]
-    input_ids, mask = (
-        torch.tensor([[*a, *b] for a, b in rows], device=model.device) for rows in (ids, real)
-    )
+    input_ids, mask = (torch.tensor([[*a, *b] for a, b in rows], device=model.device) for rows in (ids, real))
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,

@@ -67,10 +67,7 @@ class Limits:
             context = self.positions
             _refuse(
                 "HB212",
-                [
-                    (e, f"it has {e.longest:,} tokens" if e.longest > context else "")
-                    for e in examples
-                ],
+                [(e, f"it has {e.longest:,} tokens" if e.longest > context else "") for e in examples],
                 f"are longer than the model's context of {context:,} tokens",
                 f"set data.max_length to {context} or less",
             )

@@ -96,7 +96,9 @@ def load(
     stored_in_4bit = _stored_in_4bit(folder)
     model = build_skeleton(folder, dtype, head)
     entries, fresh = _match(folder, model, head)
-    if is_encoder_decoder(model) and (kept := [e.slot.names[0] for e in entries if e.is_4bit and e.slot.is_kept]):
+    if is_encoder_decoder(model) and (
+        kept := [e.slot.names[0] for e in entries if e.is_4bit and e.slot.is_kept]
+    ):
         what = f"{kept[0]} is in 4 bits, and the model casts what it multiplies with it to its dtype"
         _wrong_tensors(folder, model, "HB314", what)
     if any(entry.is_4bit for entry in entries) != stored_in_4bit:
