@@ -79,7 +79,7 @@ CODES: dict[str, str] = {
     "HB309": "Model has tensors it should not have",
     "HB310": "Tensor has another shape or type than expected",
     "HB311": "Weight is not finite",
-    "HB312": "Not a causal language model",
+    "HB312": "Not a model that generates text",
     "HB313": "Unknown model type",
     "HB314": "Stored quantisation cannot be used",
     "HB315": "Model cannot be held in 4 bits",

@@ -1,4 +1,4 @@
-"""Promises kept with the real PEFT for encoder-decoders: our adapters answer the same there, and its adapters here."""
+"""Promises kept with the real PEFT for encoder-decoders: our adapters answer the same there, and its own here."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from tests.model.seq2seq_families import BUILD, write
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 import halfbyte
 from halfbyte.model.linear4bit import Linear4bit, dense_weight
 from halfbyte.model.lora import LoraLinear, adapted_modules
-from tests.model.seq2seq_families import BUILD, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-# Both sides compute in float32 what is the same formula; a wrong scale, order or transposition is off by more than 0.1.
+# Both sides compute the same formula in float32; a wrong scale, order or transposition is off by more than 0.1.
 LOGIT_TOLERANCE = 1e-4
 KINDS = tuple(BUILD)
 

@@ -1,4 +1,4 @@
-"""Promises of prompts and answers: each side whole, ended, cut with counts, and refused where nothing can be learnt."""
+"""Promises of prompts and answers: each side whole, ended, cut with counts, refused where nothing can be learnt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.model.seq2seq_families import tokenizer
 
 from halfbyte.data.check import check_rows
 from halfbyte.data.pack import UNTRAINED
@@ -14,7 +15,6 @@ from halfbyte.data.read import read_rows
 from halfbyte.data.row import Row
 from halfbyte.data.seq2seq import Pairs, PromptWriter, Seq2SeqExample, collate_seq2seq, encode_pairs
 from halfbyte.errors import DataError
-from tests.model.seq2seq_families import tokenizer
 
 START = 0
 EOS = 1

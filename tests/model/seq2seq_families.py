@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -67,6 +69,13 @@ def flan(**changes: Any) -> PreTrainedModel:
     return model
 
 
+def mt5() -> PreTrainedModel:
+    """A small random mT5: gated, with a class of its own."""
+    torch.manual_seed(0)
+    config = MT5Config(vocab_size=len(tokenizer()) + 4, **T5)
+    return MT5ForConditionalGeneration(config).eval()
+
+
 def bart() -> PreTrainedModel:
     """A small random BART, whose texts begin with <s> and whose decoder starts from </s>."""
     torch.manual_seed(0)
@@ -91,7 +100,7 @@ def bart() -> PreTrainedModel:
     return BartForConditionalGeneration(config).eval()
 
 
-BUILD = {"t5": t5, "flan": flan, "bart": bart}
+BUILD = {"t5": t5, "flan": flan, "mt5": mt5, "bart": bart}
 
 
 def write(folder: Path, kind: str = "t5") -> Path:

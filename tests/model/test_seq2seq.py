@@ -1,4 +1,4 @@
-"""Promises of encoder-decoders: transformers' own loss and answers, rows that do not see each other, heads of their own."""
+"""Promises of encoder-decoders: transformers' own loss, rows that do not see each other, heads of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.model.seq2seq_families import BUILD, t5, write
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 import halfbyte
@@ -27,7 +28,6 @@ from halfbyte.model.linear4bit import Linear4bit
 from halfbyte.model.lora import adapted_modules
 from halfbyte.model.seq2seq import decoder_start, holds_encoder_decoder, refuse_other_end
 from halfbyte.train.step import RowNames, accumulate, batch_loss, trained_tokens
-from tests.model.seq2seq_families import BUILD, t5, write
 
 KINDS = tuple(BUILD)
 # The same float32 products in another order; a missing mask or shift moves a loss by more than 0.01.

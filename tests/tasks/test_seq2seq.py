@@ -1,4 +1,4 @@
-"""Promises of supervised fine-tuning of encoder-decoders, from rows to answers: what a run leaves, repeats, refuses."""
+"""Promises of fine-tuning encoder-decoders, from rows to answers: what a run leaves, repeats, refuses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tests.model.seq2seq_families import t5, tokenizer, write
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -26,7 +27,6 @@ from halfbyte.pipeline import evaluate, rehearse, run
 from halfbyte.report.watch import Watch
 from halfbyte.settings import Config
 from halfbyte.tasks.known import prepare
-from tests.model.seq2seq_families import t5, tokenizer, write
 
 Make = Callable[..., Config]
 THINGS = {"plum": "fruit", "pear": "fruit", "saw": "tool", "drill": "tool"}

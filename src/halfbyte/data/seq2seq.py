@@ -207,8 +207,8 @@ def encode_pairs(
         rows: Checked rows.
         writer: Writes them out, and holds the tokenizer.
         start: Token id that the decoder is given first.
-        max_length: Tokens to keep of each side. A longer prompt keeps its end token, a longer answer loses it: it is not
-            to be taken for a whole one.
+        max_length: Tokens to keep of each side. A longer prompt keeps its end token, a longer answer loses it: it is
+            not to be taken for a whole one.
         max_truncated: Share of the rows that may be cut, 0 to 1.
 
     Raises:
@@ -304,5 +304,5 @@ class _PairEncoder:
             raise DataError("HB246", what, fix="mend or remove these rows")
         if self._unknown:
             what = f"{len(self._unknown)} of {rows} answers{self._unknown.listed()}"
-            fix = "write these answers with characters of the vocabulary, or add the missing ones to tokenizer and model"
+            fix = "write these answers with characters of the vocabulary, or use a model that has the missing ones"
             raise DataError("HB247", what, fix=fix)

@@ -34,7 +34,7 @@ def load(
     allow_template_mismatch: bool = False,
     task: Purpose = "generate",
 ) -> PreTrainedModel:
-    """Load a language model, causal or with an encoder and a decoder, or an encoder with what was trained on it, from a local folder.
+    """Load a language model, of either kind, or an encoder with what was trained on it, from a local folder.
 
     Args:
         path: Folder with `config.json` and safetensors, in 16 bits or in bitsandbytes' 4 bits.

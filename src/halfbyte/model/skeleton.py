@@ -150,7 +150,8 @@ def _model_class(config: PretrainedConfig, folder: ModelFolder) -> Any:
         "HB312",
         f"its weights are those of {', '.join(saved_from) or config.model_type}, expected {expected}",
         where=str(folder.path / "config.json"),
-        fix="use a model that generates text: its architectures end in ForCausalLM, LMHeadModel or ForConditionalGeneration",
+        fix="use a model that generates text: its architectures end in ForCausalLM, LMHeadModel or "
+        "ForConditionalGeneration",
     )
 
 
