@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import halfbyte
 from halfbyte.cli.app import app
 from halfbyte.config import load_config
-from halfbyte.errors import DataError, ModelError
+from halfbyte.errors import DataError, EvaluateError, ModelError
 from halfbyte.model.loading import load
 from halfbyte.pipeline import evaluate, rehearse, run
 from halfbyte.report.watch import Watch
@@ -138,6 +138,15 @@ def test_answers_are_those_that_transformers_generates(make: Make) -> None:
         written = model.generate(**inputs, max_new_tokens=8, do_sample=False, num_beams=1)[0]
         assert own.decode(written, skip_special_tokens=True).strip() == answer["got"].strip()
         assert answer["stopped"]
+
+
+def test_an_answer_longer_than_the_decoder_s_positions_is_refused(make: Make) -> None:
+    found = prepare(make("evaluate.max_new_tokens=63", kind="bart"), held_out_only=True)
+    assert found.measure(found.load()).answers  # prompt and answer together are longer than the 64 positions
+    short = prepare(make("evaluate.max_new_tokens=64", kind="bart"), held_out_only=True)
+    with pytest.raises(EvaluateError) as caught:
+        short.measure(short.load())
+    assert caught.value.code == "HB603"
 
 
 def test_rows_are_padded_and_that_is_told_once(make: Make) -> None:

@@ -126,8 +126,7 @@ def exact_match(
     """
     distinct = distinct_examples(examples)
     graded = [example for example in distinct if gradable(example)]
-    two = is_encoder_decoder(model)  # prompt and answer do not share the context then
-    room = _context(model) - max_new_tokens * (not two)
+    room = _room(model, max_new_tokens)
     fitting = [example for example in graded if len(_prompt(example)) <= room]
     if not fitting:
         unfit = (
@@ -139,7 +138,7 @@ def exact_match(
             fix="set evaluate.exact_match to false, or evaluate.max_new_tokens lower",
         )
     pad_id = padding_id(tokenizer)
-    lead = Encoder(tokenizer).prefix.tolist() if two else []
+    lead = Encoder(tokenizer).prefix.tolist() if is_encoder_decoder(model) else []
     answers: dict[str, Answer] = {}
     longest_first = sorted(fitting, key=lambda e: len(_prompt(e)), reverse=True)
     with measured(model), _plain_generation(model):
@@ -194,6 +193,14 @@ def _context(model: PreTrainedModel) -> int:
     """Longest sequence the model's positions were made for."""
     positions = Limits.of(model).positions
     return positions if positions is not None else sys.maxsize
+
+
+def _room(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """Longest prompt that can be answered; prompt and answer share the context but in an encoder-decoder."""
+    context = _context(model)
+    if is_encoder_decoder(model) and max_new_tokens < context:
+        return context
+    return context - max_new_tokens
 
 
 @contextmanager
