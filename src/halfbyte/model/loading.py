@@ -24,7 +24,6 @@ from halfbyte.model.beside import outside, trained_modules
 from halfbyte.model.files import ModelFolder, open_model_folder
 from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.purpose import Head, begin, head_modules, is_of_another_head, may_begin, unread_modules
-from halfbyte.model.seq2seq import is_encoder_decoder
 from halfbyte.model.skeleton import Slot, build_skeleton, slots
 from halfbyte.model.stored import StoredTensor
 from halfbyte.model.stored_names import StoredNames
@@ -96,11 +95,6 @@ def load(
     stored_in_4bit = _stored_in_4bit(folder)
     model = build_skeleton(folder, dtype, head)
     entries, fresh = _match(folder, model, head)
-    if is_encoder_decoder(model) and (
-        kept := [e.slot.names[0] for e in entries if e.is_4bit and e.slot.is_kept]
-    ):
-        what = f"{kept[0]} is in 4 bits, and the model casts what it multiplies with it to its dtype"
-        _wrong_tensors(folder, model, "HB314", what)
     if any(entry.is_4bit for entry in entries) != stored_in_4bit:
         _wrong_tensors(
             folder, model, "HB314", "config.json and the weights disagree on whether they are in 4 bits"

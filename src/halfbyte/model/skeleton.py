@@ -52,11 +52,6 @@ class Slot:
     linear: nn.Module | None
     is_embedding: bool
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether it is a matrix that is multiplied with and may not be in 4 bits."""
-        return self.linear is None and not self.is_embedding and len(self.shape) == 2
-
 
 class _EmptyWithoutMemory(TorchFunctionMode):
     """Sends `torch.empty` to the meta device: that is how modules make the weights that a file will fill.
