@@ -188,7 +188,7 @@ def test_damaged_files_are_refused(stories: Path, saved: Path) -> None:
     [
         {"use_dora": "yes"},
         {"peft_type": "LOHA"},
-        {"task_type": "SEQ_2_SEQ_LM"},
+        {"task_type": "QUESTION_ANS"},
         {"bias": "some"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": 1},

@@ -141,9 +141,9 @@ def test_answers_are_those_that_transformers_generates(make: Make) -> None:
 
 
 def test_an_answer_longer_than_the_decoder_s_positions_is_refused(make: Make) -> None:
-    found = prepare(make("evaluate.max_new_tokens=63", kind="bart"), held_out_only=True)
+    found = prepare(make("evaluate.max_new_tokens=64", kind="bart"), held_out_only=True)
     assert found.measure(found.load()).answers  # prompt and answer together are longer than the 64 positions
-    short = prepare(make("evaluate.max_new_tokens=64", kind="bart"), held_out_only=True)
+    short = prepare(make("evaluate.max_new_tokens=65", kind="bart"), held_out_only=True)
     with pytest.raises(EvaluateError) as caught:
         short.measure(short.load())
     assert caught.value.code == "HB603"

@@ -198,7 +198,7 @@ def _context(model: PreTrainedModel) -> int:
 def _room(model: PreTrainedModel, max_new_tokens: int) -> int:
     """Longest prompt that can be answered; prompt and answer share the context but in an encoder-decoder."""
     context = _context(model)
-    if is_encoder_decoder(model) and max_new_tokens < context:
+    if is_encoder_decoder(model) and max_new_tokens <= context:
         return context
     return context - max_new_tokens
 
