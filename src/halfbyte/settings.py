@@ -116,7 +116,8 @@ class DataConfig(_Section):
     format: DataFormat = "auto"
     """Columns of the files: auto looks at each file's first row."""
     skip_bad_rows: int = Field(0, ge=0)
-    """Faulty rows that are left out, counted and listed in bad_rows.jsonl; one more is an error."""
+    """Rows left out, counted and listed in bad_rows.jsonl: faulty ones, and those of which max_length leaves nothing
+    to learn (pairs, if it leaves nothing of one of the answers); one more is an error."""
     max_length: int = Field(512, ge=2)
     """Tokens per row, of an encoder-decoder of the prompt and of the answer; what is longer is cut at the end, and
     counted."""

@@ -365,3 +365,51 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, shared: Callable[[st
 MOST_BEYOND_BYTES = 48 << 20
 """What the allocators of Python and of the tokenizer leave unused after the small file may be short of what a part of
 1,000 rows takes at its most: its texts and tokens, about 5 kB and 1,400 tokens a row with 40 bytes for each."""
+
+
+# What is skipped
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_of_which_nothing_is_left_to_learn_are_skipped_up_to_the_allowance(
+    make: Make, rows: Path, kept: bool
+) -> None:
+    lines = rows.read_text(encoding="utf-8").splitlines()
+    for at in (4, 30):
+        row = json.loads(lines[at])
+        row["messages"][0]["content"] = "word " * 100
+        lines[at] = json.dumps(row)
+    rows.write_text("\n".join([*lines, "nonsense"]), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        make(max_length=60, skip_bad_rows=2).encode([str(rows)])
+    assert caught.value.code == "HB208"
+    assert "2 of 60 rows have no trained token among their first 60; 2 may be skipped in all" in str(
+        caught.value
+    )
+    assert made(make()) == []
+    how = make(max_length=60, skip_bad_rows=3)
+    if kept:
+        make(max_length=60, skip_bad_rows=3).encode([str(rows)])
+    found = how.encode([str(rows)])
+    assert len(made(how)) == 1
+    assert [fault.line for fault in how.reading.skipped] == [61, 5, 31]
+    reasons = [fault.reason for fault in how.reading.skipped[1:]]
+    assert all("its first trained token is number 1" in reason for reason in reasons)
+    checked = check_rows(read_rows([rows], reading=Reading(1)))
+    learnt = [row for row in checked.rows if row.line not in (5, 31)]
+    assert everything(all_of(found)) == everything(tokenise_rows(learnt, how.renderer, 60).examples)
+    memory = Reading(2)
+    assert everything(all_of(found)) == everything(
+        tokenise_rows(checked.rows, how.renderer, 60, reading=memory).examples
+    )
+    assert memory.skipped == how.reading.skipped[1:]
+
+
+def test_rows_that_are_all_skipped_are_refused(make: Make, rows: Path) -> None:
+    how = make(max_length=5, skip_bad_rows=60)
+    with pytest.raises(DataError, match="every row was skipped") as caught:
+        how.encode([str(rows)])
+    assert caught.value.code == "HB203"
+    checked = check_rows(read_rows([rows]))
+    with pytest.raises(DataError, match="every row was skipped"):
+        tokenise_rows(checked.rows, how.renderer, 5, reading=Reading(60))

@@ -226,7 +226,7 @@ def test_all_rows_that_truncation_leaves_nothing_to_learn_are_named(
     said = str(caught.value)
     assert caught.value.code == "HB208"
     assert "2 of 3 rows have no trained token among their first 20" in said
-    first = int(said.split("rows.jsonl:2: the first one is number ")[1].split(maxsplit=1)[0])
+    first = int(said.split("rows.jsonl:2: its first trained token is number ")[1].split(",", maxsplit=1)[0])
     kept = tokenise_rows(rows[1:2], Renderer(tokenizers("base-11m")), first).examples[0]
     assert kept.trained_tokens == 1
     assert "rows.jsonl:3" in said
@@ -235,7 +235,7 @@ def test_all_rows_that_truncation_leaves_nothing_to_learn_are_named(
 def test_a_first_token_alone_is_nothing_to_learn(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers("base-11m")
     row = Row(None, "<|endoftext|>", "rows.jsonl", 1, "text")
-    with pytest.raises(DataError, match=r"HB208.*\n.*rows\.jsonl:1: it has none at any length"):
+    with pytest.raises(DataError, match=r"HB208.*\n.*rows\.jsonl:1: it has no trained token at any length"):
         one(row, tokenizer)
 
 

@@ -97,7 +97,7 @@ def test_hostile_3_no_token_is_trained(make: Callable[..., Config], tmp_path: Pa
     with pytest.raises(DataError) as caught:
         hb.run(make("data.max_length=100", "data.max_truncated=1", chats=long))
     assert caught.value.code == "HB208"
-    assert "rows.jsonl:17: the first one is number" in caught.value.what
+    assert "rows.jsonl:17: its first trained token is number" in caught.value.what
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     with pytest.raises(DataError, match=r"rows\.jsonl:2: the answer is blank \(message 2\)") as caught:
         hb.run(make("output_dir=" + str(tmp_path / "other"), chats=[CHATS[0], ("Who?", " \n")]))

@@ -186,6 +186,46 @@ def test_cut_rows_are_counted_once_a_pair(make: Make) -> None:
     assert sum(task.rows.cut) == 1
 
 
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_a_row_is_skipped_whole_if_an_answer_has_nothing_to_learn(
+    make: Make, tmp_path: Path, task: str
+) -> None:
+    """Of a pair the better answer alone is as long as can be; rows that are weighed are counted once."""
+    rows = _single() if task == "kto" else _pairs()
+    for at in (2, 9, 20):
+        if task == "kto":
+            rows[at]["prompt"] = "word " * 200
+        else:
+            rows[at]["prompt"][2]["content"] = "word " * 200
+    settings = ("data.max_truncated=0", "data.max_length=256", "data.weights=[2]")
+    with pytest.raises(DataError, match="HB208"):
+        prepare(make(task, *settings, "data.skip_bad_rows=2", rows=rows))
+    found = prepare(make(task, *settings, "data.skip_bad_rows=3", rows=rows))
+    assert isinstance(found, PreferenceTask)
+    assert sorted(fault.line or 0 for fault in found.rows.reading.skipped) == [3, 10, 21]
+    assert found.count(found.rows.train) == 2 * (len(rows) - 3 - found.count(found.rows.held_out))
+    lines = set()
+    for side in (found.rows.train, found.rows.held_out):
+        for one, other in zip(side[::2], side[1::2], strict=True):  # type: ignore[misc]
+            assert other.id == f"{one.id}/{'other' if task == 'kto' else 'rejected'}"
+            assert one.trained_tokens
+            assert other.trained_tokens
+            lines.add(int(one.where.rpartition(":")[2]))
+    assert lines == set(range(1, len(rows) + 1)) - {3, 10, 21}
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_one_answer_with_nothing_to_learn_takes_its_pair_along(make: Make, worse: bool) -> None:
+    """Behind a prompt of its own, the other answer could be learnt from."""
+    rows = _pairs()
+    answers = [{"role": "user", "content": "word " * 200}, rows[5]["rejected" if worse else "chosen"]]
+    plain = [*rows[5].pop("prompt"), rows[5]["chosen" if worse else "rejected"]]
+    rows[5] |= {"chosen": plain, "rejected": answers} if worse else {"chosen": answers, "rejected": plain}
+    found = prepare(make("dpo", "data.max_length=256", "data.skip_bad_rows=1", rows=rows))
+    assert [fault.line for fault in found.rows.reading.skipped] == [6]
+    assert sum(found.count(side) for side in (found.rows.train, found.rows.held_out)) == len(rows) - 1
+
+
 def test_a_rehearsal_counts_pairs(make: Make) -> None:
     found = rehearse(make("dpo"))
     plan = found.plan

@@ -71,7 +71,7 @@ def check(
     rows = read_rows(config.data.train, config.data.format, reading)
     objective = rows[0].objective if rows and model is None else "sft"
     checked = check_rows(rows, objective, reading)
-    tokens = _count_tokens(checked.rows, config) if model is not None else None
+    tokens = _count_tokens(checked.rows, config, reading) if model is not None else None
     if as_json:
         read = {
             "objective": objective,
@@ -112,7 +112,7 @@ def show(
             "HB102", f"got {row}, expected at most {len(rows)}, the number of rows", where="--row"
         )
     shown = rows[:count] if row is None else rows[row - 1 : row]
-    tokenised = _tokenised(shown, config, max_truncated=1.0)
+    tokenised = _tokenised(shown, config, 1.0, reading)
     skipped = f", {len(reading.skipped):,} bad rows skipped" if reading.skipped else ""
     STDOUT.print(f"template {tokenised.template}, {len(rows):,} rows{skipped}\n", highlight=False)
     for example in tokenised.examples:
@@ -148,12 +148,12 @@ class Tokens:
     passes: Usage
 
 
-def _count_tokens(rows: Sequence[Row], config: Config) -> Tokens:
+def _count_tokens(rows: Sequence[Row], config: Config, reading: Reading) -> Tokens:
     """Tokenise rows and fill passes with them, as training would."""
     from halfbyte.data.check import Lengths
     from halfbyte.data.order import Usage, order_of
 
-    tokenised = _tokenised(rows, config, config.data.max_truncated)
+    tokenised = _tokenised(rows, config, config.data.max_truncated, reading)
     lengths = [example.tokens for example in tokenised.examples]
     usage = Usage.of(order_of(lengths, tokenised.train, config.seed))
     return Tokens(Lengths.of(lengths), sum(e.truncated for e in tokenised.examples), usage)
@@ -169,7 +169,9 @@ class _Tokenised:
     train: TrainConfig
 
 
-def _tokenised(rows: Sequence[Row], config: Config, max_truncated: float) -> _Tokenised:
+def _tokenised(
+    rows: Sequence[Row], config: Config, max_truncated: float, reading: Reading
+) -> _Tokenised:
     """Tokenise rows as the model of the settings takes them."""
     from halfbyte.data.render import Renderer
     from halfbyte.data.seq2seq import PromptWriter, encode_pairs
@@ -182,7 +184,7 @@ def _tokenised(rows: Sequence[Row], config: Config, max_truncated: float) -> _To
         pairs = encode_pairs(rows, writer, decoder_start(folder), data.max_length, max_truncated)
         return _Tokenised(pairs.examples, writer.template, tokenizer, config.train.padded)
     renderer = Renderer(tokenizer, data.template)
-    found = tokenise_rows(rows, renderer, data.max_length, max_truncated)
+    found = tokenise_rows(rows, renderer, data.max_length, max_truncated, reading=reading)
     return _Tokenised(found.examples, renderer.template, tokenizer, config.train)
 
 

@@ -26,6 +26,7 @@ from halfbyte.data.fingerprint import Fingerprint
 from halfbyte.data.read import iter_rows
 from halfbyte.data.token_file import CHUNK_BYTES, FORMAT, TokenFile, TokenWriter
 from halfbyte.data.tokenise import ROWS_AT_ONCE, Encoder, Tokeniser
+from halfbyte.data.truncation import refuse_none_left
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -123,18 +124,21 @@ class Encoding:
     def _fill(self, folder: Path, files: Sequence[Path], facts: dict[str, Any], skipped: int) -> None:
         """Write the token file of some files."""
         report = self._judge(files)
-        tokeniser = Tokeniser(Encoder(self.renderer.tokenizer), self.data.max_length)
-        done = 0
+        tokeniser = Tokeniser(Encoder(self.renderer.tokenizer), self.data.max_length, reading=self.reading)
+        done = kept = 0
         with TokenWriter(folder) as writer:
             again = iter_rows(files, self.data.format, Reading(self.reading.allowed))
             for part in _parts(row for row in again if not fault_of(row)):
                 examples = tokeniser.take(part, self.renderer)
                 for example, whole in zip(examples, tokeniser.wholes(len(examples)), strict=True):
-                    writer.add(example, whole)
+                    if example.trained_tokens:
+                        writer.add(example, whole)
+                        kept += 1
                 done += len(part)
                 if self.progress is not None:
                     self.progress(done, report.rows)
             tokeniser.refuse()
+            refuse_none_left(kept, self.data.max_length)
             writer.finish(
                 {
                     "made_from": facts,

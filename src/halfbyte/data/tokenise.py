@@ -11,9 +11,10 @@ generation from the prompt alone then sees other tokens than training did.
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.examples import Listed
-from halfbyte.data.faults import Faults
+from halfbyte.data.faults import Fault, Faults, Reading
 from halfbyte.data.render import Rendered, Renderer
 from halfbyte.data.row import Row
-from halfbyte.data.truncation import refuse_too_many_cut
+from halfbyte.data.truncation import refuse_none_left, refuse_too_many_cut
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -257,8 +258,9 @@ def tokenise_rows(
     max_truncated: float = 1.0,
     *,
     last_answer_only: bool = False,
+    reading: Reading | None = None,
 ) -> Tokenised:
-    """Render and tokenise all rows.
+    """Render and tokenise all rows; those of one place, such as the two answers of a pair, stay or go together.
 
     Args:
         rows: Checked rows.
@@ -266,18 +268,23 @@ def tokenise_rows(
         max_length: Tokens to keep of each row, at least 2; the rest is cut off at the end, and counted.
         max_truncated: Share of the rows that may be cut, 0 to 1.
         last_answer_only: Train no earlier answer of a conversation.
+        reading: How many rows without a trained token may be skipped; gets those that were.
 
     Raises:
-        DataError: As `Renderer.render` and `tokenise`, and HB221 if too many rows are cut; each names every such
-            row.
+        DataError: As `Renderer.render` and `tokenise`, HB221 if too many rows are cut, each naming every such row;
+            HB203 if all are skipped.
     """
-    tokeniser = Tokeniser(Encoder(renderer.tokenizer), max_length, last_answer_only)
+    tokeniser = Tokeniser(Encoder(renderer.tokenizer), max_length, last_answer_only, reading)
     parts = (rows[at : at + ROWS_AT_ONCE] for at in range(0, len(rows), ROWS_AT_ONCE))
     examples = [example for part in parts for example in tokeniser.take(part, renderer)]
     tokeniser.refuse()
-    refuse_too_many_cut(
-        np.array(tokeniser.wholes()), max_length, max_truncated, lambda at: examples[at].where
-    )
+    wholes = np.array(tokeniser.wholes())
+    if gone := {example.where for example in examples if not example.trained_tokens}:
+        stay = [example.where not in gone for example in examples]
+        examples, wholes = list(itertools.compress(examples, stay)), wholes[stay]
+    if rows:
+        refuse_none_left(len(examples), max_length)
+    refuse_too_many_cut(wholes, max_length, max_truncated, lambda at: examples[at].where)
     return Tokenised(
         Listed(examples),
         truncated=sum(e.truncated for e in examples),
@@ -293,18 +300,26 @@ class Tokeniser:
         encoder: The tokenizer.
         max_length: Tokens to keep of each row.
         last_answer_only: Train no earlier answer of a conversation.
+        reading: How many rows without a trained token may be skipped; gets those that were.
     """
 
-    def __init__(self, encoder: Encoder, max_length: int, last_answer_only: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_length: int,
+        last_answer_only: bool = False,
+        reading: Reading | None = None,
+    ) -> None:
         self._encoder, self._max_length, self._last_answer_only = encoder, max_length, last_answer_only
-        self._rows = 0
+        self._reading = reading or Reading()
+        self._rows, self._last_row, self._last_untaught = 0, "", ""
         self._wholes = array("Q")
         self._stops: set[str] = set()
         self._unwritten: Faults[str] = Faults()
         self._first_error: DataError | None = None
         self._unended: Faults[str] = Faults()
         self._doubled: Faults[str] = Faults()
-        self._untaught: Faults[str] = Faults()
+        self._untaught: Faults[Fault] = Faults(self._reading.allowed)
 
     def wholes(self, last: int = 0) -> list[int]:
         """Tokens that each example had before it was cut: of the last ones, or of all so far."""
@@ -325,16 +340,16 @@ class Tokeniser:
             except DataError as error:
                 self._first_error = self._first_error or error
                 self._unwritten.add(f"{error.where}: {error.what}")
-                self._rows += 1
+                self._count(str(error.where))
         return self.examples(rendered)
 
     def examples(self, rendered: Sequence[Rendered]) -> list[Example]:
         """Examples of some rows that are written out, cut to `max_length`."""
         encoder, examples = self._encoder, []
-        self._rows += len(rendered)
         prompts = iter(encoder.encode([row.prompt for row in rendered if row.prompt is not None]))
         for row, tokens in zip(rendered, encoder.encode([row.text for row in rendered]), strict=True):
             prompt = next(prompts).ids if row.prompt is not None else None
+            self._count(row.where)
             whole = _example(row, tokens, prompt, encoder)
             example = _cut(whole, self._max_length)
             self._wholes.append(len(whole.input_ids))
@@ -343,19 +358,31 @@ class Tokeniser:
                 self._unended.add(f"{row.where}: {fault}")
             if fault := _bos_fault(row, whole.input_ids, encoder):
                 self._doubled.add(f"{row.where}: {fault}")
-            if example.trained_tokens == 0:
-                self._untaught.add(f"{row.where}: {_first_trained(whole)}")
+            if example.trained_tokens == 0 and row.where != self._last_untaught:
+                source, _, line = row.where.rpartition(":")
+                self._untaught.add(Fault(source, int(line), self._untaught_reason(whole)))
+                self._last_untaught = row.where
             examples.append(example)
         return examples
 
+    def _count(self, where: str) -> None:
+        self._rows += where != self._last_row
+        self._last_row = where
+
+    def _untaught_reason(self, whole: Example) -> str:
+        if whole.trained_tokens == 0:
+            return "it has no trained token at any length"
+        first = whole.trained[1:].argmax() + 2
+        return f"its first trained token is number {first}, and the first {self._max_length} are kept"
+
     def refuse(self) -> None:
-        """Refuse all rows so far that could not be learnt from, those of the first kind there are.
+        """Refuse all rows so far that could not be learnt from, those of the first kind there are, or skip them.
 
         Raises:
             DataError: As `Renderer.render` with the code of the first such row, and as `tokenise`.
         """
 
-        def among(faults: Faults[str]) -> str:
+        def among(faults: Sized) -> str:
             return f"{len(faults)} of {self._rows} rows"
 
         if self._first_error is not None:
@@ -367,17 +394,10 @@ class Tokeniser:
         if self._doubled:
             fix = "take it out of the chat template or the rows: the tokenizer puts it before each text"
             raise DataError("HB220", among(self._doubled) + self._doubled.listed(), fix=fix)
-        if self._untaught:
+        if not self._reading.skip(self._untaught):
             what = f"{among(self._untaught)} have no trained token among their first {self._max_length}"
-            fix = "raise data.max_length, or shorten or remove these rows"
-            raise DataError("HB208", what + self._untaught.listed(), fix=fix)
-
-
-def _first_trained(example: Example) -> str:
-    """Where an uncut row's first target is, in words."""
-    if example.trained_tokens == 0:
-        return "it has none at any length"
-    return f"the first one is number {example.trained[1:].argmax() + 2}"
+            fix = "raise data.max_length, shorten these rows, or leave some out with data.skip_bad_rows"
+            raise DataError("HB208", what + self._reading.named(self._untaught), fix=fix)
 
 
 def _example(row: Rendered, tokens: _Tokens, prompt: NDArray[np.int32] | None, encoder: Encoder) -> Example:

@@ -1,6 +1,6 @@
 """Rows that are cut at the longest length allowed: how many of them are too many.
 
-It owns that share and how it is told; it must not know how rows are tokenised.
+It owns that share, and how it and rows of which none is left are told; it must not know how rows are tokenised.
 """
 
 from __future__ import annotations
@@ -12,6 +12,17 @@ from numpy.typing import NDArray
 
 from halfbyte.data.faults import Faults
 from halfbyte.errors import DataError
+
+
+def refuse_none_left(examples: int, max_length: int) -> None:
+    """Refuse rows of which none is left.
+
+    Raises:
+        DataError: HB203 if there is no example.
+    """
+    if not examples:
+        what = f"every row was skipped: none has a trained token among its first {max_length}"
+        raise DataError("HB203", what, fix="raise data.max_length")
 
 
 def refuse_too_many_cut(

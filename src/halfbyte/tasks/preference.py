@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from halfbyte.data.examples import ExampleSet
+    from halfbyte.data.faults import Reading
     from halfbyte.data.pack import Batch
     from halfbyte.settings import Config
     from halfbyte.train.step import StepLoss
@@ -105,7 +106,7 @@ class PreferenceTask(WordsTask):
         renderer = Renderer(load_tokenizer(config.model), config.data.template)
         single = config.task == "kto"
         sides = read_sides(config, "kto" if single else "preference", held_out_only)
-        encode = partial(_tokenised, config=config, renderer=renderer)
+        encode = partial(_tokenised, config=config, renderer=renderer, reading=sides.reading)
         twos = with_other_answers if single else _pairs
         train, held_out = encode(twos(sides.train)), encode(twos(sides.held_out))
         rows = Prepared(
@@ -234,13 +235,21 @@ def with_other_answers(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     return found
 
 
-def _tokenised(named: Sequence[tuple[str, Row]], *, config: Config, renderer: Renderer) -> Tokenised:
+def _tokenised(
+    named: Sequence[tuple[str, Row]], *, config: Config, renderer: Renderer, reading: Reading
+) -> Tokenised:
     """Conversations as examples under the given ids, nothing trained but the last answer."""
-    data = config.data
     found = tokenise_rows(
-        [row for _, row in named], renderer, data.max_length, data.max_truncated, last_answer_only=True
+        [row for _, row in named],
+        renderer,
+        config.data.max_length,
+        config.data.max_truncated,
+        last_answer_only=True,
+        reading=reading,
     )
-    examples = [replace(example, id=name) for (name, _), example in zip(named, found.examples, strict=True)]
+    kept = {example.where for example in found.examples}
+    names = [name for name, row in named if row.where in kept]
+    examples = [replace(example, id=name) for name, example in zip(names, found.examples, strict=True)]
     return replace(found, examples=Listed(examples))
 
 
