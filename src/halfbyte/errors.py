@@ -103,6 +103,7 @@ CODES: dict[str, str] = {
     "HB346": "Model in 4 bits belongs on the CPU",
     "HB347": "Vocabulary was resized",
     "HB348": "Bias cannot train",
+    "HB349": "Adapter was trained on another base",
     "HB350": "Not an encoder",
     "HB351": "Head was never trained",
     "HB352": "Labels cannot be read",

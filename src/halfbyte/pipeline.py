@@ -24,6 +24,7 @@ from halfbyte.kernels import backends
 from halfbyte.model import blocks
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
+from halfbyte.model.same_base import read_base
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.keep import KeepPlan
@@ -244,7 +245,10 @@ def _open_folder(
 
 
 def _check_template(task: Task[Any], folders: list[Path], watch: Watch) -> None:
-    """Refuse, or tell where that is allowed, that model or adapter was trained with other text than is used now."""
+    """Refuse, or tell where that is allowed, that model or adapter was trained with other text than is used now; tell
+    what cannot be checked."""
+    if len(folders) > 1 and read_base(folders[-1]) is None:
+        watch.note(f"{folders[-1]} does not say on which weights it was trained: the base is not checked.")
     used = task.rows.fingerprint
     if used is None:
         return

@@ -46,6 +46,7 @@ from halfbyte.model.lora_init import Pair, residual
 from halfbyte.model.lora_spec import ALL_LINEAR, LoraSpec, matches
 from halfbyte.model.originals import Originals
 from halfbyte.model.purpose import LABELLED, LABELS, labels_of, purpose_of, task_type
+from halfbyte.model.same_base import base_digest, refuse_other_base
 from halfbyte.model.saving import whole_folder, write_json
 from halfbyte.model.stored import StoredTensor, read_header
 from halfbyte.model.vocabulary import FIX, embedding_name, refuse_resized
@@ -82,7 +83,7 @@ def save_adapter(
         model: A model with adapters.
         folder: Where to; written whole or not at all.
         base: Path or name of the base model, written for whoever loads the adapter.
-        fingerprint: Chat format and tokenizer it was trained with, written beside it.
+        fingerprint: Chat format and tokenizer it was trained with, written beside it with a digest of its base.
 
     Raises:
         ModelError: HB322 when the model has no adapter, HB347 when its vocabulary was resized, HB316 when the folder
@@ -120,8 +121,7 @@ def save_adapter(
         save_file(adapter_tensors(layers, beside, biases), work / WEIGHTS, metadata={"format": "pt"})
         if taken:
             save_file(taken, work / TAKEN)
-        if fingerprint is not None:
-            write_fingerprint(work, fingerprint)
+        write_fingerprint(work, fingerprint, base_digest(model))
         if purpose_of(model) in LABELLED:
             write_json(work / LABELS, {"labels": labels_of(model.config)})
 
@@ -151,13 +151,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> list[str]:
         ModelError: HB303 pickled, HB305 outside the folder, HB307 damaged, HB311 not finite, HB322 the model
             has an adapter, HB323 unreadable, HB324 a feature that is not supported, HB325 made for another
             model, HB342 a module that cannot train whole, HB344 made beside another 4-bit base, HB347 saved with
-            an embedding of its own.
+            an embedding of its own, HB349 trained on other weights.
     """
     refuse_adapted(model)
     folder = Path(folder)
     settings = read_settings(folder)
     stored = _stored(model, folder, settings)
     _refuse_misfit(model, folder, settings, stored)
+    refuse_other_base(model, folder, settings.base)
     sources = _sources(model, folder, stored)
     read, beside, taken = _read(stored.matrices), _read(stored.beside), _read(stored.taken)
     names = [name for name, _ in model.named_modules() if name in read]

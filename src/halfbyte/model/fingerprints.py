@@ -13,6 +13,7 @@ from halfbyte.data.fingerprint import FILE, NO_FORMAT, Fingerprint
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError, ModelError
 from halfbyte.model.files import contained, read_json
+from halfbyte.model.same_base import KEY
 from halfbyte.model.saving import write_json
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -22,12 +23,14 @@ FIX = (
 )
 
 
-def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
-    """Write a fingerprint into a folder that is being made.
+def write_fingerprint(folder: Path, fingerprint: Fingerprint | None, base: str | None = None) -> None:
+    """Write what is known of a training into a folder that is being made: its words, and its base's digest.
 
     It is a file of its own: PEFT warns of keys it does not know in `adapter_config.json`.
     """
-    write_json(folder / FILE, fingerprint.as_dict())
+    facts = ({} if fingerprint is None else fingerprint.as_dict()) | ({} if base is None else {KEY: base})
+    if facts:
+        write_json(folder / FILE, facts)
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
@@ -40,9 +43,12 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         return None
     file = contained(folder, FILE)
     try:
-        found = Fingerprint.parse(read_json(file))
+        facts = read_json(file)
     except ModelError as error:
         raise ModelError("HB327", error.what, where=str(file), fix=error.fix) from error
+    if facts.keys() == {KEY}:
+        return None
+    found = Fingerprint.parse(facts)
     if found is None:
         what = "expected a fingerprint with chat_format, template and tokenizer"
         raise ModelError(

@@ -54,7 +54,7 @@ def load(
 
     Raises:
         ModelError: With a code for whatever is wrong with the folder or the adapter; HB326 where these were
-            trained with other words.
+            trained with other words, HB349 where the adapter was trained on other weights.
     """
     if adapter is not None and not allow_template_mismatch:
         fingerprints.refuse_other_words(Path(adapter), Path(path))

@@ -20,10 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from halfbyte.data.fingerprint import FILE as FINGERPRINT
 from halfbyte.errors import ModelError
-from halfbyte.model.files import CONFIG, WEIGHTS, contained
+from halfbyte.model.files import CONFIG, WEIGHTS, contained, read_json
 from halfbyte.model.linear4bit import Linear4bit, is_linear
 from halfbyte.model.lora import adapted_modules
+from halfbyte.model.same_base import KEY, base_digest
 from halfbyte.quant.formats import to_bitsandbytes
 
 TOKENIZER_FILES = (
@@ -37,7 +39,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "halfbyte.json",
 )
 
 _REMAINS = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<end>new|old)")
@@ -139,7 +140,8 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
     """Write a model in 4 bits as a folder that transformers with bitsandbytes loads, and `load` too.
 
-    Tokenizer files of the folder the model came from are copied.
+    Tokenizer files of the folder the model came from are copied, and what its `halfbyte.json` says of its words; with
+    it stands the digest of that folder's weights, so that adapters fit the one as well as the other.
 
     Args:
         model: A model whose linear layers are in 4 bits, without adapters.
@@ -163,7 +165,9 @@ def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
         write_json(work / CONFIG, config)
         if model.generation_config is not None:
             write_json(work / "generation_config.json", json.loads(model.generation_config.to_json_string()))
-        _copy_tokenizer(Path(model.name_or_path or ""), work)
+        source = Path(model.name_or_path or "")
+        _copy_tokenizer(source, work)
+        _write_origin(source, base_digest(model), work)
         save_file(entries(model), work / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -215,6 +219,12 @@ def entries(model: PreTrainedModel) -> dict[str, Tensor]:
                 seen.add(id(tensor))
                 found[f"{prefix}.{name}" if prefix else name] = tensor.detach().contiguous()
     return found
+
+
+def _write_origin(source: Path, digest: str | None, target: Path) -> None:
+    known = read_json(contained(source, FINGERPRINT)) if (source / FINGERPRINT).is_file() else {}
+    if facts := known | ({} if digest is None else {KEY: digest}):
+        write_json(target / FINGERPRINT, facts)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
