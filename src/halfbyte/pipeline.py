@@ -24,10 +24,11 @@ from halfbyte.kernels import backends
 from halfbyte.model import blocks
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
-from halfbyte.model.same_base import read_base
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.keep import KeepPlan
+from halfbyte.model.same_base import read_base
+from halfbyte.report.noise_scale import noise_scale
 from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.trackers import check_installed, tracked
@@ -131,6 +132,7 @@ def run(
         training=training,
         phase_seconds=dict(folder.seconds),
         peak_rss_bytes=peak_rss_bytes(),
+        noise_scale=noise_scale(training.metrics),
     )
     folder.write_json("summary.json", summary.as_dict())
     folder.event("run", state="done")

@@ -16,6 +16,7 @@ from rich.text import Text
 from halfbyte.cli.consoles import size
 from halfbyte.evaluate.metrics import KINDS, Kind
 from halfbyte.model.seq2seq import holds_encoder_decoder
+from halfbyte.report.noise_scale import advice
 from halfbyte.train.display import duration
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def _cost(summary: Summary) -> RenderableType:
             "speed": f"{t.tokens_per_s:,.0f} tokens/s over {t.tokens:,} tokens, "
             f"{t.trained_tokens:,} of them trained",
             "passes": t.usage.described(),
+            **({"step size": advice(summary.noise_scale)} if summary.noise_scale else {}),
             "memory": f"{size(summary.peak_rss_bytes)} at most for the whole process; "
             f"weights {size(s.weight_bytes)}",
             "time": f"{duration(sum(summary.phase_seconds.values()))}: {phases}",

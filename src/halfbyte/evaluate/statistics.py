@@ -131,6 +131,42 @@ def bootstrap_ratio(
     return Interval(value, low, high, f"BCa bootstrap, {resamples} resamples", n, level)
 
 
+def ratio_of_means(numerators: ArrayLike, denominators: ArrayLike, *, level: float = LEVEL) -> Interval:
+    """Mean over mean of paired items, a ratio known not to be negative, by Fieller's theorem.
+
+    Single items may have either sign. Where the mean below cannot be told from zero the interval has no upper end,
+    and where nothing is known it is 0 to infinity: it then says so instead of being narrow by luck.
+
+    Args:
+        numerators: (n,) finite numbers.
+        denominators: (n,) finite numbers.
+        level: Two-sided coverage, between 0 and 1.
+
+    Raises:
+        EvaluateError: HB601 for no items, unequal lengths, values that are not finite, or a level out of range.
+
+    Source: Fieller, "Some problems in interval estimation" (1954), section 3.
+    """
+    x, y = _checked(numerators, "numerators"), _checked(denominators, "denominators")
+    if x.size != y.size:
+        raise EvaluateError("HB601", f"got {x.size} numerators and {y.size} denominators, expected pairs")
+    _check_level(level)
+    n, (above, below) = x.size, (float(x.mean()), float(y.mean()))
+    value = max(above, 0.0) / below if below > 0.0 else math.inf
+    low, high = 0.0, math.inf
+    if n > 1:
+        (xx, xy), (_, yy) = (np.cov(x, y) * _student_t((1.0 + level) / 2.0, n - 1) ** 2 / n).tolist()
+        a, b, c = below**2 - yy, above * below - xy, above**2 - xx
+        root = math.sqrt(max(b * b - a * c, 0.0))
+        if a > 0.0:  # between the roots
+            low, high = max((b - root) / a, 0.0), max((b + root) / a, 0.0)
+        elif (
+            a < 0.0 and (b + root) / a < 0.0 < (b - root) / a
+        ):  # outside of them, and one is out of the question
+            low = (b - root) / a
+    return Interval(value, low, high, "Fieller", n, level)
+
+
 def proportion(successes: int, n: int, *, level: float = LEVEL) -> Interval:
     """Proportion of successes with the exact (Clopper-Pearson) interval, which covers at least what it says.
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.evaluate.statistics import Interval
+from halfbyte.report.noise_scale import advice
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.measure import Measurement
@@ -104,6 +105,7 @@ class Summary:
         training: What training did.
         phase_seconds: Wall time of each part of the run.
         peak_rss_bytes: Largest resident memory of the process; None where the system does not say.
+        noise_scale: How much of the gradient was noise, in steps; None where that was not measured.
     """
 
     setting: Setting
@@ -112,6 +114,7 @@ class Summary:
     training: TrainResult
     phase_seconds: Mapping[str, float]
     peak_rss_bytes: int | None
+    noise_scale: Interval | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values; an unknown interval end is None."""
@@ -123,6 +126,9 @@ class Summary:
             "training": training,
             "phase_seconds": dict(self.phase_seconds),
             "peak_rss_bytes": self.peak_rss_bytes,
+            "noise_scale": self.noise_scale.as_dict() | {"advice": advice(self.noise_scale)}
+            if self.noise_scale
+            else None,
         }
 
 

@@ -35,6 +35,7 @@ from halfbyte.train.display import Display, Shown, Silent
 from halfbyte.train.interrupt import CtrlC, TrainInterrupted
 from halfbyte.train.metrics import MetricsFile, StepRecord, peak_rss_bytes
 from halfbyte.train.neftune import embedding_noise
+from halfbyte.train.noise import NoiseMeter
 from halfbyte.train.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -147,6 +148,7 @@ def train(
         _training_mode(model),
         CtrlC() as ctrl_c,
         MetricsFile(run.folder / "metrics.jsonl", after=loop.done) as metrics,
+        loop.noise,
         Shown(run.display, loop.plan.total_steps) as display,
     ):
         loop.try_largest()
@@ -226,6 +228,7 @@ class _Loop:
             pack if config.packing else partial(collate, pad_id=run.pad_id)
         )
         self.optimizer = build_optimizer(model, config)
+        self.noise = NoiseMeter(trainable_parameters(model).values(), config.gradient_accumulation_steps)
         self.state = TrainerState.beginning(plan.total_steps, run.seed, examples.sha256)
         torch.manual_seed(run.seed)
         if run.resume is not None:
@@ -295,11 +298,14 @@ class _Loop:
         divisor = self.loss.divisor(micro_batches, self.rows)
         device = next(self.model.parameters()).device.type
         shares = []
+        self.noise.begin()
         for number, batch in enumerate(micro_batches):
             draw = (self.run.seed, self.done, number)
             noise = embedding_noise(self.model, self.config.neftune_alpha, batch, draw)
             with noise, torch.autocast(device, self.run.autocast) if self.run.autocast else nullcontext():
                 shares.append(accumulate(self.model, batch, divisor, self.rows, self.loss))
+            if shares[-1].objective:  # there is none without a trained token
+                self.noise.passed(self.loss.divisor([batch], self.rows) / divisor)
             if ctrl_c.requested:
                 self._stop()
         loss = BatchLoss.total(shares)
@@ -361,6 +367,7 @@ class _Loop:
             **{f"reward_{name}": value for name, value in loss.rewards._asdict().items()}
             if loss.rewards
             else {},
+            **noise._asdict() if (noise := self.noise.of_step(grad_norm)) else {},
         )
 
     def measured(self, record: StepRecord) -> StepRecord:

@@ -39,6 +39,9 @@ class StepRecord:
         reward_better: Mean reward of the step's better answers, of a preference objective; else None, as both next.
         reward_worse: Mean reward of its worse answers.
         reward_accuracy: Share of its pairs in which the better answer has the higher reward.
+        grad_variance: Variance of the step's gradient over which rows it gets, estimated from its micro-batches; None
+            for a step of one.
+        grad_signal: Squared norm of the gradient without that noise; an estimate too, and at times negative.
     """
 
     step: int
@@ -58,6 +61,8 @@ class StepRecord:
     reward_better: float | None = None
     reward_worse: float | None = None
     reward_accuracy: float | None = None
+    grad_variance: float | None = None
+    grad_signal: float | None = None
 
 
 class MetricsFile:
