@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from halfbyte.data.image_batch import ImageExample
     from halfbyte.data.tokenise import Example
 
 LEARNT = "bold green"
@@ -50,7 +51,12 @@ class Piece:
 
 
 def print_example(
-    example: Example, tokenizer: PreTrainedTokenizerBase, console: Console, *, ids: bool = False
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    *,
+    ids: bool = False,
+    title: str = "",
 ) -> None:
     """Print one row: a heading with its counts, its text with what is learnt marked, and where it is cut.
 
@@ -59,20 +65,31 @@ def print_example(
         tokenizer: Decodes it.
         console: Where to; without colour, what is learnt stands in ⟦brackets⟧.
         ids: Print each token with its id as well.
+        title: What it is, where that is more than a row: the better answer, its label.
     """
     sides = [list(_pieces(ids, trained, tokenizer)) for ids, trained in example.sides]
     pieces = [piece for side in sides for piece in side]
     brackets = console.color_system is None
     cut = ", cut at max_length" if example.truncated else ""
     control = sum(piece.control for piece in pieces)
-    counts = f"{len(pieces):,} tokens, {control:,} of them special, {example.trained_tokens:,} trained{cut}"
+    trained = f", {example.trained_tokens:,} trained" if any(piece.trained for piece in pieces) else ""
+    counts = f"{len(pieces):,} tokens, {control:,} of them special{trained}{cut}"
     console.print(Text(f"{example.where}   {counts}", style="bold"), soft_wrap=True)
+    if title:
+        console.print(Text(title), soft_wrap=True)
     for side in sides:
         ended = len(sides) > 1 and side[-1].id == tokenizer.eos_token_id
         console.print(_text(side, brackets=brackets, cut=example.truncated and not ended), soft_wrap=True)
         if ids:
             for start in range(0, len(side), IDS_PER_LINE):
                 console.print(_ids(side[start : start + IDS_PER_LINE], brackets=brackets), soft_wrap=True)
+    console.print()
+
+
+def print_image(example: ImageExample, size: str, console: Console, *, title: str) -> None:
+    """Print one image: where it is, what the model is shown of it, and its label."""
+    console.print(Text(f"{example.where}   {size}, {example.tokens:,} tokens", style="bold"), soft_wrap=True)
+    console.print(Text(title), soft_wrap=True)
     console.print()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -15,6 +16,15 @@ Json = dict[str, object]
 Role = Literal["system", "user", "assistant", "tool"]
 Style = Literal["chat", "completion", "text"]
 Objective = Literal["sft", "preference", "kto", "classification", "tagging", "similarity"]
+OBJECTIVES: Mapping[str, Objective] = {
+    "sft": "sft",
+    **dict.fromkeys(("dpo", "simpo", "orpo"), "preference"),
+    "kto": "kto",
+    "classify": "classification",
+    "tag": "tagging",
+    "embed": "similarity",
+}
+"""What each task learns from its rows of words."""
 
 ROLES: tuple[Role, ...] = get_args(Role)
 

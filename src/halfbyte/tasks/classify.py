@@ -67,7 +67,7 @@ class ClassifyTask(EncoderTask):
             DataError: HB201 to HB232, each naming every faulty row.
         """
         tokenizer = load_tokenizer(config.model)
-        sides = read_sides(config, "classification", held_out_only)
+        sides = read_sides(config, held_out_only)
         if held_out_only:
             labels = label_names(map(name_of, sides.held_out))
         else:
@@ -92,6 +92,10 @@ class ClassifyTask(EncoderTask):
     def _names(self) -> dict[str, str]:
         """Label of each row, by the row's id."""
         return {row.id: name_of(row) for side in self._labelled for row in side}
+
+    def titles(self, example: EncodedExample) -> tuple[str, ...]:
+        """Its label."""
+        return (f"label {self._names[example.id]}",)
 
     @property
     def numbers(self) -> dict[str, int]:

@@ -53,7 +53,7 @@ class EmbedTask(EncoderTask):
             DataError: HB201 to HB234, each naming every faulty row.
         """
         tokenizer = load_tokenizer(config.model)
-        sides = read_sides(config, "similarity", held_out_only)
+        sides = read_sides(config, held_out_only)
         members = _members([*sides.train, *sides.held_out])
         train, held_out = (
             Listed(encode([text for row in side for text in _texts(row)], tokenizer, config.data.max_length))
@@ -71,6 +71,13 @@ class EmbedTask(EncoderTask):
         task = cls(config, rows, tokenizer)
         task.members, task._sides = members, (sides.train, sides.held_out)
         return task
+
+    def titles(self, example: EncodedExample) -> tuple[str, ...]:
+        """Which of a row's texts each is, and how alike they are to be."""
+        scores = {one: score for (one, _), score in self.scored.items()}
+        if example.id in scores:
+            return "text", f"its partner, score {scores[example.id]:g}"
+        return ("text", "its partner", "a text that is not alike")[: self.members]
 
     @cached_property
     def vectors(self) -> partial[torch.Tensor]:

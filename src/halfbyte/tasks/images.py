@@ -163,6 +163,10 @@ class ImagesTask(Task[ImageExample]):
         kept = Kept((Path(self.config.model) / FILE).read_text(encoding="utf-8"))
         saver(model, kept, self.config, self.rows.fingerprint)(folder)
 
+    def titles(self, example: ImageExample) -> tuple[str, ...]:
+        """Its label."""
+        return (f"label {example.label}",)
+
     def form(self) -> str:
         """Size and labels of the images."""
         counts = self.rows.report.labels

@@ -105,7 +105,7 @@ class PreferenceTask(WordsTask):
         """
         renderer = Renderer(load_tokenizer(config.model), config.data.template)
         single = config.task == "kto"
-        sides = read_sides(config, "kto" if single else "preference", held_out_only)
+        sides = read_sides(config, held_out_only)
         encode = partial(_tokenised, config=config, renderer=renderer, reading=sides.reading)
         twos = with_other_answers if single else _pairs
         train, held_out = encode(twos(sides.train)), encode(twos(sides.held_out))
@@ -121,6 +121,12 @@ class PreferenceTask(WordsTask):
         )
         good = {row.id: bool(row.label) for row in (*sides.train, *sides.held_out)} if single else {}
         return cls(config, rows, renderer, good)
+
+    def titles(self, example: Example) -> tuple[str, ...]:
+        """Which answer is the better one; of a row with one answer whether it is good."""
+        if self.config.task != "kto":
+            return "better answer", "worse answer"
+        return f"{'good' if self.good[example.id] else 'bad'} answer", "another row's answer, to compare with"
 
     def begin(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Note the log-probability of each answer under the model as it is: it is its own reference, and no second

@@ -24,7 +24,7 @@ from halfbyte.data.check import (
 from halfbyte.data.encode import Encoding
 from halfbyte.data.faults import Reading
 from halfbyte.data.read import read_rows
-from halfbyte.data.row import Objective, Row
+from halfbyte.data.row import OBJECTIVES, Row
 from halfbyte.data.token_file import StoredExamples, TokenFile
 from halfbyte.data.truncation import refuse_too_many_cut
 from halfbyte.data.weigh import file_weights, times_of, weigh_rows
@@ -52,12 +52,11 @@ class Sides:
     reading: Reading
 
 
-def read_sides(config: Config, objective: Objective, held_out_only: bool = False) -> Sides:
+def read_sides(config: Config, held_out_only: bool = False) -> Sides:
     """Read and check the rows and share them out.
 
     Args:
-        config: Files, formats, shares, seed.
-        objective: What is to be learnt from the rows.
+        config: Task, files, formats, shares, seed.
         held_out_only: Measure all rows of `data.eval`, or else of `data.train`, and train on none.
 
     Raises:
@@ -67,7 +66,7 @@ def read_sides(config: Config, objective: Objective, held_out_only: bool = False
     reading = Reading(data.skip_bad_rows)
 
     def checked(paths: list[str]) -> CheckedDataset:
-        return check_rows(read_rows(paths, data.format, reading), objective, reading)
+        return check_rows(read_rows(paths, data.format, reading), OBJECTIVES[config.task], reading)
 
     if held_out_only:
         found = checked(data.eval or data.train)

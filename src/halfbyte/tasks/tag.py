@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 
-from halfbyte.data.encoded import encode_words
+from halfbyte.data.encoded import EncodedExample, encode_words
 from halfbyte.data.examples import Listed
 from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
 from halfbyte.data.labels import label_names
@@ -50,7 +50,7 @@ class TagTask(EncoderTask):
             DataError: HB201 to HB232, each naming every faulty row.
         """
         tokenizer = load_tokenizer(config.model)
-        sides = read_sides(config, "tagging", held_out_only)
+        sides = read_sides(config, held_out_only)
         labels = _names(sides.held_out if held_out_only else sides.train)
         if not held_out_only:
             if len(labels) < 2:
@@ -90,6 +90,13 @@ class TagTask(EncoderTask):
             self.rows.fingerprint,
             self.rows.cut,
         )
+
+    def titles(self, example: EncodedExample) -> tuple[str, ...]:
+        """Each token that has a tag, with it."""
+        assert example.targets is not None, "rows of words have tags"
+        tokens = self.tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+        tagged = zip(tokens, example.targets.tolist(), strict=True)
+        return ("tags " + ", ".join(f"{t} {self.labels[n]}" for t, n in tagged if n != UNTRAINED),)
 
     @cached_property
     def loss(self) -> TagLoss:

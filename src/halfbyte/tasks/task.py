@@ -185,6 +185,14 @@ class Task(ABC, Generic[E]):
         """How the rows are given to the model, in a few words."""
         return f"template {self.rows.template}"
 
+    def titles(self, example: E) -> tuple[str, ...]:
+        """What each member of a unit is, in a word or two for a person; empty texts where there is nothing to say.
+
+        Args:
+            example: The first of the members.
+        """
+        return ("",) * self.members
+
     def files(self) -> list[Path]:
         """The files that the rows were read from, for the run's manifest."""
         data = self.config.data
