@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.foreign.importing import import_file
 
 AXOLOTL = "base_model: m\nmicro_batch_size: 1\n"
+TRL = "model_name_or_path: m\nuse_peft: true\nlora_target_modules: all-linear\n"
 FACTORY = "model_name_or_path: m\nlora_target: all\n"
 
 
@@ -52,6 +54,20 @@ def _imported(folder: Path, text: str) -> dict[str, Any]:
             {"task": "kto", "preference.beta": 0.1, "preference.bad_weight": 0.5},
         ),
         (AXOLOTL + "simpo_gamma: 0.7", {}),
+        (TRL + "loss_type: sigmoid\nbeta: 0.3", {"task": "dpo", "preference.beta": 0.3}),
+        (TRL + "loss_type: [sigmoid]\nlabel_smoothing: 0.0", {"task": "dpo", "preference.beta": 0.1}),
+        (TRL + "beta: 0.2\nf_divergence_type: reverse_kl", {"task": "dpo", "preference.beta": 0.2}),
+        (TRL + "loss_type: kto", {"task": "kto", "preference.beta": 0.1}),
+        (
+            TRL + "beta: 0.2\ndesirable_weight: 1.5\nundesirable_weight: 0.5",
+            {
+                "task": "kto",
+                "preference.beta": 0.2,
+                "preference.good_weight": 1.5,
+                "preference.bad_weight": 0.5,
+            },
+        ),
+        (TRL + "loss_type: nll", {}),
     ],
 )
 def test_objectives_and_their_constants_are_taken(
@@ -69,11 +85,43 @@ def test_objectives_and_their_constants_are_taken(
         (FACTORY + "stage: dpo\nref_model: other", "`ref_model`"),
         (AXOLOTL + "rl: grpo", "`rl`"),
         (AXOLOTL + "rl: dpo\nrpo_alpha: 1.0", "`rpo_alpha`"),
+        (TRL + "beta: 0.2", "`beta`: DPO's, KTO's or another's"),
+        (TRL + "loss_type: ipo", "`loss_type`: 'ipo' is none of nll, sigmoid, kto"),
+        (TRL + "loss_type: [sigmoid, sft]\nloss_weights: [1.0, 0.5]", "`loss_type`"),
+        (TRL + "loss_type: sigmoid\nlabel_smoothing: 0.1", "`label_smoothing`"),
+        (TRL + "loss_type: kto\nsync_ref_model: true", "`sync_ref_model`"),
+        (TRL + "loss_type: sigmoid\ndesirable_weight: 2.0", "`task` is decided twice"),
     ],
 )
 def test_objectives_that_are_not_there_are_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         _imported(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate", "dropout"),
+    [
+        ("loss_type: sigmoid", 1e-6, 0.0),
+        ("loss_type: sigmoid\nlora_dropout: 0.1", 1e-6, 0.0),
+        ("loss_type: kto\nlora_dropout: 0.1\ndisable_dropout: false\nlearning_rate: 1e-5", 1e-5, 0.1),
+        ("loss_type: kto\ndisable_dropout: true", 1e-6, 0.0),
+        ("loss_type: nll", 2e-5, 0.05),
+    ],
+)
+def test_what_trl_does_unasked_is_done(tmp_path: Path, text: str, rate: float, dropout: float) -> None:
+    """Rate and dropout are those of TRL's own classes, whose defaults are read here."""
+    from trl import DPOConfig, KTOConfig, SFTConfig
+
+    (tmp_path / "theirs.yaml").write_text(TRL + text, encoding="utf-8")
+    found = import_file(tmp_path / "theirs.yaml")
+    assert (found.lines["train.learning_rate"].value, found.lines["lora.dropout"].value) == (rate, dropout)
+    assert any("whole conversations" in note for note in found.notes) == ("nll" in text)
+    kind = SFTConfig if "nll" in text else KTOConfig if "kto" in text else DPOConfig
+    defaults = {field.name: field.default for field in fields(kind)}
+    if "learning_rate" not in text:
+        assert defaults["learning_rate"] == rate
+    assert defaults.get("beta", 0.1) == 0.1
+    assert defaults.get("disable_dropout", True) is True
 
 
 def _pairs() -> list[dict[str, Any]]:
@@ -131,9 +179,15 @@ def test_recipes_of_pairs_run(tmp_path: Path, shared: Any, monkeypatch: pytest.M
         "simpo": factory + "stage: dpo\npref_loss: simpo\ndataset: talks\n",
         "kto": factory + "stage: kto\ndataset: judged\n",
     }
-    for task, text in recipes.items():
+    trl = "model_name_or_path: model\nuse_peft: true\nlora_target_modules: all-linear\nlora_r: 4\n"
+    theirs = [
+        *recipes.items(),
+        ("dpo", trl + "loss_type: sigmoid\nbeta: 0.2\ndataset_name: pairs.json\n"),
+        ("kto", trl + "desirable_weight: 2.0\ndataset_name: data/judged.json\n"),
+    ]
+    for task, text in theirs:
         (tmp_path / "theirs.yml").write_text(text, encoding="utf-8")
-        run = CliRunner().invoke(app, ["config", "import", "theirs.yml", "-o", f"{task}.yaml"])
+        run = CliRunner().invoke(app, ["config", "import", "theirs.yml", "-o", f"{task}.yaml", "--overwrite"])
         assert run.exit_code == 0, run.stderr
         assert load_config(f"{task}.yaml").task == task
         rehearsed = CliRunner().invoke(app, ["run", f"{task}.yaml", "--dry-run", "--json"])

@@ -2,14 +2,15 @@
 
 It owns these names and their rules for several keys at once; it must not know how a recipe is written.
 
-Source: transformers `TrainingArguments`; TRL `SFTConfig`, `ModelConfig`, `ScriptArguments`; PEFT `LoraConfig`.
+Source: transformers `TrainingArguments`; TRL `SFTConfig`, `DPOConfig`, `KTOConfig`, `ModelConfig`, `ScriptArguments`;
+PEFT `LoraConfig`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from halfbyte.foreign import files, rules
+from halfbyte.foreign import files, preferences, rules
 from halfbyte.foreign.draft import Draft
 from halfbyte.foreign.keys import (
     Joint,
@@ -30,7 +31,16 @@ from halfbyte.foreign.keys import (
 PEFT_TITLE, TRL_TITLE, TRANSFORMERS_TITLE = "PEFT", "TRL", "transformers"
 PEFT_SIGNATURE = frozenset({"peft_type"})
 TRL_SIGNATURE = frozenset(
-    {"use_peft", "dataset_name", "max_seq_length", "lora_r", "dataset_text_field", "packing"}
+    {
+        "use_peft",
+        "dataset_name",
+        "max_seq_length",
+        "lora_r",
+        "dataset_text_field",
+        "packing",
+        "loss_type",
+        "beta",
+    }
 )
 TRANSFORMERS_SIGNATURE = frozenset({"per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type"})
 
@@ -83,7 +93,24 @@ TRL_KEYS: Keys = {
     "dataset_train_split": Refused("fetch the part that you mean", ("train",)),
     "dataset_text_field": Refused("rows of text have it in a column of that name", ("text",)),
     "truncation_mode": Refused("rows are cut at the end", ("keep_start",)),
-    "loss_type": Refused("the loss is cross-entropy", ("nll",)),
+    "loss_type": Joint("task"),
+    "beta": Taken("preference.beta", number),
+    "desirable_weight": Taken("preference.good_weight", number),
+    "undesirable_weight": Taken("preference.bad_weight", number),
+    "disable_dropout": Joint("lora.dropout"),
+    "loss_weights": Refused("there is one loss", ([1.0],)),
+    "f_divergence_type": Refused("the reference is held by its KL divergence", ("reverse_kl",)),
+    "ld_alpha": Refused("all tokens of an answer count the same", (1.0,)),
+    **refused("this objective is not there", "label_smoothing", 0.0),
+    **refused("this objective is not there", "use_weighting reference_free rpo_alpha"),
+    **refused("the reference is the model before training", "sync_ref_model force_use_ref_model"),
+    **idle(
+        "the reference is noted before the first step", "precompute_ref_log_probs precompute_ref_batch_size"
+    ),
+    **idle(
+        "read only with a choice that is refused",
+        "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha ref_model_sync_steps",
+    ),
     **refused("rows are read whole", "dataset_streaming"),
     **refused("this kind of adapter is not there", "lora_target_parameters"),
     **refused("a template is the tokenizer's, chatml or plain", "chat_template_path eos_token"),
@@ -135,6 +162,21 @@ TRL_DEFAULTS = {
     "lora.dropout": 0.05,
     "quantization.double_quant": False,
 }
+LOSSES = {"sigmoid": "dpo", "kto": "kto"}
+TELLING = {
+    "dpo": (
+        "loss_weights",
+        "f_divergence_type",
+        "ld_alpha",
+        "use_weighting",
+        "discopop_tau",
+        "reference_free",
+    ),
+    "kto": ("desirable_weight", "undesirable_weight"),
+}
+"""Keys that only the arguments of one objective have."""
+JUDGED_RATE = 1e-6
+"""TRL's learning rate where rows are judged answers."""
 PEFT_DEFAULTS = {"lora.r": 8, "lora.alpha": 8.0, "lora.dropout": 0.0}
 
 
@@ -147,20 +189,54 @@ def transformers_rule(draft: Draft) -> None:
 
 def trl_rule(draft: Draft) -> None:
     """Decide what several keys decide together, and what TRL would where none does."""
-    adapter = draft.on("use_peft")
+    adapter, judged = draft.on("use_peft"), _objective(draft)
     if adapter:
         rules.targets(draft, "lora_target_modules", draft.get("lora_target_modules"))
     else:
         draft.ignore("use_peft is not set, so every weight is trained", "lora_target_modules", "load_in_4bit")
-    if draft.get("assistant_only_loss") is None:
+    if draft.get("assistant_only_loss") is None and not judged:
         draft.notes.append(
             "TRL learns whole conversations unless told otherwise; here only answers are learnt."
         )
     packed = draft.on("packing") if draft.get("packing") is not None else None
-    rules.defaults(draft, TRL_DEFAULTS)
+    rules.defaults(draft, TRL_DEFAULTS | ({"train.learning_rate": JUDGED_RATE} if judged else {}))
     in_4bit = adapter and draft.on("load_in_4bit")
     rules.method(draft, adapter, in_4bit, "use_peft", *(["load_in_4bit"] if adapter else []))
     _training(draft, {}, packed)
+
+
+def _objective(draft: Draft) -> bool:
+    """Decide the task, by the loss or by keys that only one objective has; whether its rows are judged answers."""
+    given = {task: [key for key in keys if draft.get(key) is not None] for task, keys in TELLING.items()}
+    told = {task: keys for task, keys in given.items() if keys}
+    loss = draft.get("loss_type")
+    name = loss[0] if isinstance(loss, list) and len(loss) == 1 else loss
+    if name == "nll":
+        draft.ignore("asks for nothing at this value", "loss_type")
+    elif loss is not None and str(name) not in LOSSES:
+        draft.refuse("loss_type", f"{loss!r} is none of nll, {', '.join(LOSSES)}")
+    elif loss is not None:
+        draft.set("task", LOSSES[str(name)], "loss_type")
+    elif not told and draft.get("beta") is not None:
+        draft.refuse("beta", "DPO's, KTO's or another's: say which, with loss_type sigmoid or kto")
+    for task, keys in told.items():
+        draft.set("task", task, *keys)
+    chosen = str(draft.value("task") or "sft")
+    preferences.settle(draft, chosen)
+    if chosen != "sft":
+        _dropout(draft)
+    else:
+        draft.ignore("read by another objective", "disable_dropout")
+    return chosen != "sft"
+
+
+def _dropout(draft: Draft) -> None:
+    """Where answers are judged, TRL sets all dropout to 0, the adapter's too, unless told not to."""
+    if draft.get("disable_dropout") is None or draft.on("disable_dropout"):
+        draft.drop_section("lora.dropout", "disable_dropout, TRL's default here, sets it to 0")
+        draft.set("lora.dropout", 0.0, *["disable_dropout"][: draft.get("disable_dropout") is not None])
+    else:
+        draft.ignore("dropout is what lora.dropout says", "disable_dropout")
 
 
 def _training(draft: Draft, defaults: Mapping[str, object], packed: bool | None) -> None:

@@ -34,6 +34,11 @@ def task(draft: Draft, objectives: Mapping[str, str], *keys: str) -> None:
         chosen = found
         draft.set("task", chosen, *(k for k in keys if draft.get(k) is not None))
         break
+    settle(draft, chosen)
+
+
+def settle(draft: Draft, chosen: str) -> None:
+    """Take back what a task does not read, and say what it reads if no key does."""
     for setting, readers in READ_BY_TASKS.items():
         if chosen not in readers and setting in draft.lines:
             draft.drop_section(setting, f"task {chosen} does not read it")
