@@ -9,12 +9,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tests.short_runs import ANIMALS, VARIED, Make, Shared, read_json, read_lines, rows_of, settings_in
 
 from halfbyte import pipeline
 from halfbyte.config import load_config
@@ -25,53 +25,13 @@ from halfbyte.model.saving import save_quantized
 from halfbyte.pipeline import run
 from halfbyte.quant.weight import QuantSpec
 from halfbyte.report.watch import Watch
-from halfbyte.settings import Config
 from halfbyte.tasks.known import prepare
-from halfbyte.train.display import Display, Silent
-from halfbyte.train.metrics import StepRecord
-
-Make = Callable[..., Config]
-Shared = Callable[[str], Path]
-ANIMALS = ("cat", "dog", "bird", "fish", "bear", "duck", "frog", "bug")
-
-
-def _rows(count: int, blank: str = " ") -> str:
-    """Short prompts with short answers; the blank between them may stand on either side."""
-    rows = []
-    for number in range(count):
-        animal, tail = ANIMALS[number % 8], f"ran to the {ANIMALS[number // 8]}."
-        rows.append({"prompt": f"The {animal}" + (" " if not blank else ""), "completion": blank + tail})
-    return "\n".join(map(json.dumps, rows)) + "\n"
 
 
 @pytest.fixture
-def make(tmp_path: Path, shared: Callable[[str], Path]) -> Make:
+def make(tmp_path: Path, shared: Shared) -> Make:
     """Builds the settings of a run that takes about a second."""
-    torch.set_num_threads(1)
-
-    def build(*overrides: str, rows: str | None = None) -> Config:
-        file = tmp_path / "rows.jsonl"
-        file.write_text(_rows(32) if rows is None else rows, encoding="utf-8")
-        base: dict[str, Any] = {
-            "model": str(shared("models/stories260K-hf")),
-            "output_dir": str(tmp_path / "run"),
-            "dtype": "float32",
-            "lora": {"r": 4},
-            "data": {"train": str(file), "eval_fraction": 0.25},
-            "train": {"batch_size": 4, "epochs": 2, "learning_rate": 1e-2},
-            "evaluate": {"max_new_tokens": 6, "max_items": 4, "bootstrap": 200},
-        }
-        return load_config(None, overrides, base)
-
-    return build
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return settings_in(tmp_path, shared)
 
 
 def test_a_run_leaves_all_its_evidence(make: Make) -> None:
@@ -95,7 +55,7 @@ def test_a_run_leaves_all_its_evidence(make: Make) -> None:
         "eval/after.answers.jsonl",
     }
     assert load_config(result.folder / "config.yaml") == config
-    manifest = _json(result.folder / "manifest.json")
+    manifest = read_json(result.folder / "manifest.json")
     rows = Path(config.data.train[0])
     assert manifest["data"] == [
         {
@@ -111,9 +71,9 @@ def test_a_run_leaves_all_its_evidence(make: Make) -> None:
     }
     assert manifest["seed"] == 0
     assert manifest["kernels"]
-    assert manifest["fingerprint"] == _json(result.result / "halfbyte.json")["fingerprint"]
+    assert manifest["fingerprint"] == read_json(result.result / "halfbyte.json")["fingerprint"]
     assert manifest["fingerprint"]["chat_format"] == manifest["template"] == "plain"
-    events = _lines(result.folder / "events.jsonl")
+    events = read_lines(result.folder / "events.jsonl")
     assert [(e["way"], e["why"]) for e in events if e["event"] == "head"] == [("dense", "")]
     done = [e["event"] for e in events if e.get("state") == "done"]
     phases = ["prepare rows", "load model", "measure before", "plan memory", "train", "save", "measure after"]
@@ -131,7 +91,7 @@ def test_training_helps_and_the_summary_says_so(make: Make) -> None:
     loss = next(c for c in result.summary.changes if c.name == "loss")
     assert loss.after.value < 0.5 * loss.before.value
     assert loss.verdict == "better"
-    summary = _json(result.folder / "summary.json")
+    summary = read_json(result.folder / "summary.json")
     assert summary["metrics"]["loss"]["after"]["value"] == loss.after.value
     assert summary["training"]["steps"] == 72  # 24 rows in batches of 4, 12 times
     assert summary["setting"]["train_rows"] == 24
@@ -142,13 +102,10 @@ def test_training_helps_and_the_summary_says_so(make: Make) -> None:
 def test_before_and_after_are_measured_on_the_same_items(make: Make) -> None:
     folder = run(make()).folder
     for name, count in (("loss", 8), ("answers", 4)):
-        before = [item["id"] for item in _lines(folder / f"eval/before.{name}.jsonl")]
-        after = [item["id"] for item in _lines(folder / f"eval/after.{name}.jsonl")]
+        before = [item["id"] for item in read_lines(folder / f"eval/before.{name}.jsonl")]
+        after = [item["id"] for item in read_lines(folder / f"eval/after.{name}.jsonl")]
         assert before == after
         assert len(set(before)) == count
-
-
-VARIED = ("lora.init=pissa", "lora.init_iterations=2", "lora.dora=true", "lora.rank_pattern={q_proj: 2}")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +127,9 @@ def test_what_was_saved_measures_as_it_did_when_it_was_trained(
 ) -> None:
     config = make(f"method={method}", *lora)
     result = run(config)
-    held_out = {item["where"].rpartition(":")[2] for item in _lines(result.folder / "eval/after.loss.jsonl")}
+    held_out = {
+        item["where"].rpartition(":")[2] for item in read_lines(result.folder / "eval/after.loss.jsonl")
+    }
     lines = Path(config.data.train[0]).read_text(encoding="utf-8").splitlines()
     file = tmp_path / "held_out.jsonl"
     file.write_text("".join(lines[int(n) - 1] + "\n" for n in sorted(held_out, key=int)), encoding="utf-8")
@@ -216,10 +175,12 @@ def test_an_adapter_is_measured_with_the_chat_format_it_was_trained_with(make: M
 
 def test_a_model_trained_whole_keeps_its_fingerprint_in_4_bits_too(make: Make, tmp_path: Path) -> None:
     result = run(make("method=full", "train.max_steps=1"), evaluate=False)
-    trained = _json(result.result / "halfbyte.json")
+    trained = read_json(result.result / "halfbyte.json")
     small = tmp_path / "small"
     save_quantized(load(result.result, quantization=QuantSpec(), dtype=torch.float32), small)
-    assert _json(small / "halfbyte.json") == trained | {"base": _json(small / "halfbyte.json")["base"]}
+    assert read_json(small / "halfbyte.json") == trained | {
+        "base": read_json(small / "halfbyte.json")["base"]
+    }
     config = (f"model={small}", "evaluate.exact_match=false")
     pipeline.evaluate(make(*config))
     (small / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
@@ -239,7 +200,7 @@ def test_the_same_recipe_gives_the_same_bytes(make: Make, tmp_path: Path) -> Non
 
 
 def test_the_seed_decides_the_adapter_s_start_and_the_order_of_rows(make: Make, tmp_path: Path) -> None:
-    rows = _rows(24).splitlines(keepends=True)
+    rows = rows_of(24).splitlines(keepends=True)
     (tmp_path / "eval.jsonl").write_text("".join(rows[16:]), encoding="utf-8")
     still = (f"data.eval={tmp_path / 'eval.jsonl'}", "train.max_steps=1", "train.learning_rate=1e-30")
 
@@ -279,7 +240,7 @@ def test_an_earlier_run_is_kept_unless_overwriting_is_asked_for(make: Make) -> N
         run(make("train.max_steps=1"), evaluate=False)
     assert (folder / "metrics.jsonl").read_bytes() == before
     run(make("train.max_steps=1"), evaluate=False, overwrite=True)
-    assert len(_lines(folder / "metrics.jsonl")) == 1
+    assert len(read_lines(folder / "metrics.jsonl")) == 1
     assert not (folder / "checkpoints").exists()
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
 
@@ -293,7 +254,7 @@ def test_a_folder_of_something_else_is_never_overwritten(make: Make, tmp_path: P
 
 
 def test_evaluation_rows_among_training_rows_stop_the_run(make: Make, tmp_path: Path) -> None:
-    (tmp_path / "eval.jsonl").write_text(_rows(1), encoding="utf-8")
+    (tmp_path / "eval.jsonl").write_text(rows_of(1), encoding="utf-8")
     with pytest.raises(DataError, match="HB205"):
         run(make(f"data.eval={tmp_path / 'eval.jsonl'}"))
 
@@ -301,9 +262,9 @@ def test_evaluation_rows_among_training_rows_stop_the_run(make: Make, tmp_path: 
 def test_skipped_rows_are_listed_and_counted(make: Make) -> None:
     bad = '{"prompt": "a"}\n{"prompt": "a", "completion": " "}\n'
     watched = io.StringIO()
-    config = make("data.skip_bad_rows=2", "evaluate.exact_match=false", rows=_rows(32) + bad)
+    config = make("data.skip_bad_rows=2", "evaluate.exact_match=false", rows=rows_of(32) + bad)
     result = run(config, watch=Watch(Console(file=watched, width=200)))
-    listed = _lines(result.folder / "bad_rows.jsonl")
+    listed = read_lines(result.folder / "bad_rows.jsonl")
     assert [(fault["file"], fault["line"]) for fault in listed] == [
         (config.data.train[0], n) for n in (33, 34)
     ]
@@ -312,7 +273,7 @@ def test_skipped_rows_are_listed_and_counted(make: Make) -> None:
     assert result.summary.setting.train_rows + result.summary.setting.held_out_rows == 32
     assert "2 bad rows skipped" in watched.getvalue()
     with pytest.raises(DataError, match="HB204"):
-        run(make("data.skip_bad_rows=1", rows=_rows(32) + bad), overwrite=True)
+        run(make("data.skip_bad_rows=1", rows=rows_of(32) + bad), overwrite=True)
 
 
 def test_weights_change_what_is_trained_on_and_never_what_is_held_out(make: Make, tmp_path: Path) -> None:
@@ -333,7 +294,7 @@ def test_weights_change_what_is_trained_on_and_never_what_is_held_out(make: Make
 
 
 def test_a_separate_evaluation_file_is_measured_whole(make: Make, tmp_path: Path) -> None:
-    rows = _rows(24).splitlines(keepends=True)
+    rows = rows_of(24).splitlines(keepends=True)
     (tmp_path / "eval.jsonl").write_text("".join(rows[16:]), encoding="utf-8")
     result = run(make(f"data.eval={tmp_path / 'eval.jsonl'}", rows="".join(rows[:16])))
     assert (result.summary.setting.train_rows, result.summary.setting.held_out_rows) == (16, 8)
@@ -356,7 +317,7 @@ def test_tokens_that_straddle_prompt_and_answer_are_told(make: Make) -> None:
     """`"The cat "` + `"ran"`: the tokenizer joins the blank to the answer, so generation sees other tokens."""
 
     text = io.StringIO()
-    result = run(make(rows=_rows(32, blank="")), evaluate=False, watch=Watch(Console(file=text, width=200)))
+    result = run(make(rows=rows_of(32, blank="")), evaluate=False, watch=Watch(Console(file=text, width=200)))
     assert "In 32 rows a token straddles the border of prompt and answer" in text.getvalue()
     assert result.summary.setting.misaligned_rows == 32
 
@@ -436,96 +397,10 @@ def test_a_missing_plot_library_does_not_lose_a_run(make: Make, monkeypatch: pyt
     assert "No loss curve: got no matplotlib. To do: pip install it" in text.getvalue()
 
 
-def _cut(config: Config, after: int) -> None:
-    """A run that ends, as in a crash, when a step is done."""
-
-    class Cut(Watch):
-        def training(self, every: int) -> Display:
-            return Crash()
-
-    class Crash(Silent):
-        def step(self, record: StepRecord) -> None:
-            if record.step == after:
-                raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run(config, watch=Cut())
-
-
-@pytest.mark.parametrize("lora", [(), VARIED], ids=["plain", "varied"])
-def test_a_cut_run_goes_on_to_the_same_adapter_and_summary(
-    make: Make, tmp_path: Path, lora: tuple[str, ...]
-) -> None:
-    whole = run(make("train.save_steps=2", f"output_dir={tmp_path / 'whole'}", *lora))
-    config = make("train.save_steps=2", *lora)
-    _cut(config, 5)
-    resumed = run(config, resume=True)
-    weights = "adapter_model.safetensors"
-    assert (resumed.result / weights).read_bytes() == (whole.result / weights).read_bytes()
-    assert resumed.summary.changes == whole.summary.changes
-    events = _lines(resumed.folder / "events.jsonl")
-    assert [e["checkpoint"] for e in events if e["event"] == "resume"] == ["step-000004"]
-
-
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
-    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = run(make("train.save_steps=2", f"output_dir={tmp_path / 'whole'}"), evaluate=False)
-    config = make("train.save_steps=2")
-    _cut(config, 5)
-    file = tmp_path / "run/checkpoints/step-000004/training_state.safetensors"
-    damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
-    file.write_bytes(damaged)
-    resumed = run(config, evaluate=False, resume=True, watch=Watch(Console(stderr=True, width=400)))
-    told = capsys.readouterr().err
-    assert f"A checkpoint is refused: {file} is not what was written" in told
-    assert "Going on after step 2" in told
-    weights = "adapter_model.safetensors"
-    assert (resumed.result / weights).read_bytes() == (whole.result / weights).read_bytes()
-
-
-def test_without_a_checkpoint_a_resumed_run_begins_anew(make: Make, tmp_path: Path) -> None:
-    config = make()
-    _cut(config, 3)
-    resumed = run(config, evaluate=False, resume=True)
-    whole = run(make(f"output_dir={tmp_path / 'whole'}"), evaluate=False)
-    weights = "adapter_model.safetensors"
-    assert (resumed.result / weights).read_bytes() == (whole.result / weights).read_bytes()
-
-
-def test_a_run_does_not_go_on_with_settings_that_lead_elsewhere(make: Make) -> None:
-    _cut(make("train.save_steps=2"), 3)
-    with pytest.raises(ConfigError, match="HB121") as caught:
-        run(make("train.save_steps=2", "train.learning_rate=0.02", "lora.r=8"), resume=True)
-    assert "`lora.r` was 4, is 8" in str(caught.value)
-    assert "`train.learning_rate` was 0.01, is 0.02" in str(caught.value)
-    run(make("train.save_steps=3", "train.log_steps=1", "evaluate.max_items=2"), resume=True)
-
-
-def test_a_run_does_not_go_on_with_another_base(make: Make, tmp_path: Path, shared: Shared) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(shared("models/stories260K-hf"), base)
-    config = make("train.save_steps=2", f"model={base}")
-    _cut(config, 3)
-    (base / "generation_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ConfigError, match="HB121.*generation_config.json"):
-        run(config, resume=True)
-
-
-def test_nothing_is_resumed_where_no_run_is_or_it_is_finished(make: Make) -> None:
-    config = make()
-    with pytest.raises(ConfigError, match="HB122.*no run"):
-        run(config, resume=True)
-    run(config, evaluate=False)
-    with pytest.raises(ConfigError, match="HB122.*finished"):
-        run(config, resume=True)
-
-
 def test_the_held_out_loss_is_measured_while_training_and_drawn(make: Make) -> None:
     done = run(make("train.eval_steps=3", "train.keep=best"))
     measured = {
-        r["step"]: r["held_out_loss"] for r in _lines(done.folder / "metrics.jsonl") if r["held_out_loss"]
+        r["step"]: r["held_out_loss"] for r in read_lines(done.folder / "metrics.jsonl") if r["held_out_loss"]
     }
     steps = done.summary.training.steps
     assert sorted(measured) == sorted({*range(3, steps + 1, 3), steps})
