@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
+from halfbyte.data.faults import Reading
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Rendered, Renderer
 from halfbyte.data.row import Row
@@ -230,6 +231,16 @@ def test_all_rows_that_truncation_leaves_nothing_to_learn_are_named(
     kept = tokenise_rows(rows[1:2], Renderer(tokenizers("base-11m")), first).examples[0]
     assert kept.trained_tokens == 1
     assert "rows.jsonl:3" in said
+
+
+def test_rows_of_one_place_stay_or_go_together(tokenizers: Tokenizers, chat: Make) -> None:
+    """As the two answers of a pair do, of which only one has nothing to learn."""
+    rows = [chat("Hi", "Yes", line=1), chat("Hi " * 50, "No", line=1), chat("Hi", "Yes", line=2)]
+    for given in (rows, [rows[1], rows[0], rows[2]]):
+        reading = Reading(1)
+        found = tokenise_rows(given, Renderer(tokenizers("base-11m")), 30, reading=reading)
+        assert [example.where for example in found.examples] == ["rows.jsonl:2"]
+        assert [fault.line for fault in reading.skipped] == [1]
 
 
 def test_a_first_token_alone_is_nothing_to_learn(tokenizers: Tokenizers) -> None:

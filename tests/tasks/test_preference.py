@@ -214,18 +214,6 @@ def test_a_row_is_skipped_whole_if_an_answer_has_nothing_to_learn(
     assert lines == set(range(1, len(rows) + 1)) - {3, 10, 21}
 
 
-@pytest.mark.parametrize("worse", [False, True])
-def test_one_answer_with_nothing_to_learn_takes_its_pair_along(make: Make, worse: bool) -> None:
-    """Behind a prompt of its own, the other answer could be learnt from."""
-    rows = _pairs()
-    answers = [{"role": "user", "content": "word " * 200}, rows[5]["rejected" if worse else "chosen"]]
-    plain = [*rows[5].pop("prompt"), rows[5]["chosen" if worse else "rejected"]]
-    rows[5] |= {"chosen": plain, "rejected": answers} if worse else {"chosen": answers, "rejected": plain}
-    found = prepare(make("dpo", "data.max_length=256", "data.skip_bad_rows=1", rows=rows))
-    assert [fault.line for fault in found.rows.reading.skipped] == [6]
-    assert sum(found.count(side) for side in (found.rows.train, found.rows.held_out)) == len(rows) - 1
-
-
 def test_a_rehearsal_counts_pairs(make: Make) -> None:
     found = rehearse(make("dpo"))
     plan = found.plan
