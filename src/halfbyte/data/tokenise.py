@@ -26,6 +26,7 @@ from halfbyte.data.examples import Listed
 from halfbyte.data.faults import Fault, Faults, Reading
 from halfbyte.data.render import Rendered, Renderer
 from halfbyte.data.row import Row
+from halfbyte.data.text_faults import bos_fault, stop_fault
 from halfbyte.data.truncation import refuse_none_left, refuse_too_many_cut
 from halfbyte.errors import DataError
 
@@ -104,7 +105,7 @@ class Tokenised:
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class TextTokens:
     """A text's ids and the characters each one covers, all (T,)."""
 
     ids: NDArray[np.int32]
@@ -147,12 +148,12 @@ class Encoder:
         self.eos = tokenizer.eos_token_id
         self.bos = None if tokenizer.bos_token_id == self.eos else tokenizer.bos_token_id
 
-    def encode(self, texts: Sequence[str]) -> list[_Tokens]:
+    def encode(self, texts: Sequence[str]) -> list[TextTokens]:
         """Tokenise texts in which control tokens are read as such; no prefix is added."""
         found = []
         for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False):
             offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            found.append(_Tokens(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]))
+            found.append(TextTokens(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]))
         return found
 
     @property
@@ -354,9 +355,9 @@ class Tokeniser:
             example = _cut(whole, self._max_length)
             self._wholes.append(len(whole.input_ids))
             self._stops.update(row.stops)
-            if fault := _stop_fault(row, tokens, encoder):
+            if fault := stop_fault(row, tokens, encoder):
                 self._unended.add(f"{row.where}: {fault}")
-            if fault := _bos_fault(row, whole.input_ids, encoder):
+            if fault := bos_fault(row, whole.input_ids, encoder):
                 self._doubled.add(f"{row.where}: {fault}")
             if example.trained_tokens == 0 and row.where != self._last_untaught:
                 source, _, line = row.where.rpartition(":")
@@ -400,7 +401,9 @@ class Tokeniser:
             raise DataError("HB208", what + self._reading.named(self._untaught), fix=fix)
 
 
-def _example(row: Rendered, tokens: _Tokens, prompt: NDArray[np.int32] | None, encoder: Encoder) -> Example:
+def _example(
+    row: Rendered, tokens: TextTokens, prompt: NDArray[np.int32] | None, encoder: Encoder
+) -> Example:
     prefix = encoder.missing_prefix(tokens.ids)
     input_ids = np.concatenate([prefix, tokens.ids])
     trained = np.concatenate([np.zeros(len(prefix), np.bool_), _trained(tokens, row.trained)])
@@ -412,40 +415,12 @@ def _example(row: Rendered, tokens: _Tokens, prompt: NDArray[np.int32] | None, e
     )
 
 
-def _trained(tokens: _Tokens, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+def _trained(tokens: TextTokens, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
     """Which tokens have their first character in one of the spans."""
     trained = np.zeros(len(tokens.ids), np.bool_)
     for begin, end in spans:
         trained |= (tokens.begins >= begin) & (tokens.begins < end)
     return trained
-
-
-def _stop_fault(row: Rendered, tokens: _Tokens, encoder: Encoder) -> str:
-    """Why an answer's stop token is not a single trained token, or an empty text."""
-    for (begin, end), stop in zip(row.trained, row.stops, strict=True):
-        whole = (tokens.ids == encoder.id_of(stop)) & (tokens.ends == end) & (tokens.begins >= begin)
-        if not whole.any():
-            return f"the tokenizer does not keep the stop token {stop!r} as one token"
-    return ""
-
-
-def _bos_fault(row: Rendered, ids: NDArray[np.int32], encoder: Encoder) -> str:
-    """Where a text begins again before it has ended, or an empty text.
-
-    Formats that begin anew with each question (Llama 2) end the answer before it.
-    """
-    if encoder.bos is None:
-        return ""
-    ends = {encoder.eos, *(encoder.id_of(stop) for stop in row.stops)}
-    begun: int | None = None
-    for at in np.flatnonzero(np.isin(ids, [encoder.bos, *ends])).tolist():
-        if ids[at] != encoder.bos:
-            begun = None
-        elif begun is not None:
-            return f"the text begins at token {begun + 1} and again at token {at + 1}"
-        else:
-            begun = at
-    return ""
 
 
 def _cut(example: Example, max_length: int) -> Example:

@@ -62,7 +62,7 @@ class Seq2SeqTask(WordsTask):
         """
         data = config.data
         writer = PromptWriter(load_tokenizer(config.model), data.template)
-        sides = read_sides(config, "sft", held_out_only)
+        sides = read_sides(config, held_out_only)
         start = decoder_start(Path(config.model))
         train, held_out = (
             encode_pairs(side, writer, start, data.max_length, data.max_truncated)
