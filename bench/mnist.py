@@ -30,8 +30,8 @@ from transformers.utils import logging
 from figures import Figure, run, shared
 from halfbyte.config import load_config
 from halfbyte.data.check import split_rows
-from halfbyte.data.image_read import read_images
-from halfbyte.data.image_row import ImageRow
+from halfbyte.data.images.read import read_images
+from halfbyte.data.images.row import ImageRow
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.evaluate.statistics import Interval
 from halfbyte.pipeline import evaluate

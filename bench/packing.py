@@ -20,7 +20,8 @@ from figures import Figure, run, shared
 from halfbyte.data.order import PACKED_WINDOW, Packed, Padded, Usage
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
-from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
+from halfbyte.data.tokenise import tokenise_rows
+from halfbyte.data.tokenizer import load_tokenizer
 
 BUDGETS = (512, 1024, 2048, 4096)
 ROWS = 52_002

@@ -30,7 +30,8 @@ from halfbyte.config import load_config
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
 from halfbyte.data.row import Row
-from halfbyte.data.tokenise import Example, load_tokenizer, tokenise_rows
+from halfbyte.data.tokenise import Example, tokenise_rows
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.model.adapters import save_adapter
 from halfbyte.pipeline import run as run_recipe
 from halfbyte.settings import PREFERENCES, Config

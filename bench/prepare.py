@@ -26,7 +26,7 @@ from halfbyte.data.encode import Encoding
 from halfbyte.data.faults import Reading
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.settings import DataConfig
 from step_vs_peers import PEERS, SIDES, peers_python
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from figures import Figure, run, shared
-from halfbyte.data.encoded import EncodedExample, collate_encoded
+from halfbyte.data.encoder_texts import EncodedExample, collate_encoded
 from halfbyte.evaluate.statistics import Interval, Score, paired_difference
 from halfbyte.model.encoders import hidden_states
 from halfbyte.model.loading import load

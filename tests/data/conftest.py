@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from halfbyte.data.row import Message, Row
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from halfbyte.data.encode import Encoding
 from halfbyte.data.faults import Reading
 from halfbyte.data.render import Renderer
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.settings import DataConfig
 
 

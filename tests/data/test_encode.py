@@ -24,7 +24,8 @@ from halfbyte.data.read import read_rows
 from halfbyte.data.render import Renderer
 from halfbyte.data.row import Row
 from halfbyte.data.token_file import TokenFile
-from halfbyte.data.tokenise import Example, load_tokenizer, tokenise_rows
+from halfbyte.data.tokenise import Example, tokenise_rows
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.data.weigh import file_weights, weigh_rows
 from halfbyte.errors import DataError
 from halfbyte.settings import DataConfig
@@ -303,7 +304,7 @@ from pathlib import Path
 from halfbyte.data.encode import Encoding
 from halfbyte.data.faults import Reading
 from halfbyte.data.render import Renderer
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.settings import DataConfig
 model, rows, store = sys.argv[1:]
 how = Encoding(DataConfig(train=["-"], cache=store), Renderer(load_tokenizer(model), "plain"), Reading())

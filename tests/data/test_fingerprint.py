@@ -14,7 +14,7 @@ from tokenizers import normalizers, processors
 
 from halfbyte.data.fingerprint import Fingerprint
 from halfbyte.data.render import Renderer
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 
 Tokenizers = Callable[[str], Any]
 VOCABULARIES = ("base-11m", "llama2-tokenizer", "stories260K-hf")

@@ -20,15 +20,8 @@ from halfbyte.data.faults import Reading
 from halfbyte.data.read import read_rows
 from halfbyte.data.render import Rendered, Renderer
 from halfbyte.data.row import Row
-from halfbyte.data.tokenise import (
-    ROWS_AT_ONCE,
-    Example,
-    load_tokenizer,
-    padding_id,
-    stop_token_ids,
-    tokenise,
-    tokenise_rows,
-)
+from halfbyte.data.tokenise import ROWS_AT_ONCE, Example, stop_token_ids, tokenise, tokenise_rows
+from halfbyte.data.tokenizer import load_tokenizer, padding_id
 from halfbyte.errors import DataError
 
 Make = Callable[..., Row]

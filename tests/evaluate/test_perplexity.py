@@ -148,7 +148,8 @@ def test_no_rows_are_refused(model: LlamaForCausalLM) -> None:
 def test_real_model_has_its_published_loss_on_held_out_text(shared: Callable[[str], Path]) -> None:
     from halfbyte.data.read import read_rows
     from halfbyte.data.render import Renderer
-    from halfbyte.data.tokenise import load_tokenizer, padding_id, tokenise_rows
+    from halfbyte.data.tokenise import tokenise_rows
+    from halfbyte.data.tokenizer import load_tokenizer, padding_id
 
     folder = shared("models/base-11m")
     tokenizer = load_tokenizer(folder)

@@ -9,7 +9,7 @@ import pytest
 from transformers.utils import logging
 
 from halfbyte.config import load_config
-from halfbyte.data.image_read import ImageReport, read_images
+from halfbyte.data.images.read import ImageReport, read_images
 from halfbyte.pipeline import rehearse
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from halfbyte.data.encoded import EncodedExample
+from halfbyte.data.encoder_texts import EncodedExample
 
 VOCABULARY = 120
 _BERT: dict[str, Any] = {

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from halfbyte.data.encoded import collate_encoded
+from halfbyte.data.encoder_texts import collate_encoded
 from halfbyte.data.pack import Batch
 from halfbyte.errors import ModelError
 from halfbyte.model import attention

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
-from halfbyte.data.image_pixels import Preprocessor
+from halfbyte.data.images.pixels import Preprocessor
 from halfbyte.errors import ModelError
 from halfbyte.kernels import ops
 from halfbyte.model import blocks

@@ -9,10 +9,10 @@ import pytest
 
 from halfbyte.data.order import Usage
 from halfbyte.errors import EvaluateError
+from halfbyte.evaluate.answers import Answer, ExactMatchResult
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.evaluate.perplexity import ItemLoss, LossResult
 from halfbyte.evaluate.statistics import bootstrap_ratio, proportion
-from halfbyte.evaluate.tasks import Answer, ExactMatchResult
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.train.loop import TrainResult
 

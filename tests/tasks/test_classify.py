@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import halfbyte
 from halfbyte.cli.app import app
-from halfbyte.data.encoded import collate_encoded
+from halfbyte.data.encoder_texts import collate_encoded
 from halfbyte.errors import DataError, ModelError
 from halfbyte.model.encoders import document_logits
 from halfbyte.pipeline import evaluate, rehearse, run

@@ -15,7 +15,7 @@ from tests.model.encoder_families import documents, save_encoder
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte.data.encoded import collate_encoded
+from halfbyte.data.encoder_texts import collate_encoded
 from halfbyte.data.read import read_rows
 from halfbyte.errors import DataError, EvaluateError, ModelError
 from halfbyte.evaluate.retrieval import Pairs, measured_partners, measured_scores, spearman

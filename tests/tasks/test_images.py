@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import halfbyte as hb
 from halfbyte.config import load_config
-from halfbyte.data.image_decode import decode
+from halfbyte.data.images.decode import decode
 from halfbyte.errors import ConfigError, DataError, ModelError
 from halfbyte.pipeline import evaluate, rehearse, run
 from halfbyte.report.watch import Watch
@@ -272,7 +272,9 @@ def test_reading_tells_how_far_it_is(make: Make) -> None:
 def test_only_the_images_of_a_pass_are_in_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     task = prepare(make())
     read: list[str] = []
-    monkeypatch.setattr("halfbyte.data.image_row.decode", lambda file: read.append(file.name) or decode(file))
+    monkeypatch.setattr(
+        "halfbyte.data.images.row.decode", lambda file: read.append(file.name) or decode(file)
+    )
     batch = task.collate([task.rows.train[at] for at in (3, 1)])
     assert read == [Path(task.rows.train[at].where).name for at in (3, 1)]
     assert batch.pixel_values.shape == (2, 3, SIDE, SIDE)

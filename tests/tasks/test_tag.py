@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tests.evaluate.test_confusion import f1_by_definition
 
-from halfbyte.data.encoded import encode_words
+from halfbyte.data.encoder_texts import encode_words
 from halfbyte.data.pack import UNTRAINED
 from halfbyte.data.read import read_rows
 from halfbyte.data.row import Row
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.errors import DataError, EvaluateError
 from halfbyte.evaluate.tagged import Tagged, measured_tags
 from halfbyte.pipeline import evaluate, run

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from halfbyte.data.encoded import EncodedBatch, collate_encoded
+from halfbyte.data.encoder_texts import EncodedBatch, collate_encoded
 from halfbyte.model.encoders import document_logits
 from halfbyte.model.heads import Objective
 from halfbyte.model.loading import load

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from halfbyte.data.check import DataReport, Lengths
     from halfbyte.data.faults import Reading
-    from halfbyte.data.image_read import ImageReport
+    from halfbyte.data.images.read import ImageReport
     from halfbyte.data.order import Usage
     from halfbyte.data.row import Row
     from halfbyte.data.tokenise import Example
@@ -130,7 +130,8 @@ def _encoded(
     """Rows as the model of the settings takes them, how they were written out, and with what."""
     from halfbyte.data.render import Renderer
     from halfbyte.data.seq2seq import PromptWriter, encode_pairs
-    from halfbyte.data.tokenise import load_tokenizer, tokenise_rows
+    from halfbyte.data.tokenise import tokenise_rows
+    from halfbyte.data.tokenizer import load_tokenizer
     from halfbyte.model.seq2seq import decoder_start, holds_encoder_decoder
 
     data, tokenizer = config.data, load_tokenizer(config.model)
@@ -146,7 +147,8 @@ def _encoded(
 def _show_units(config: Config, count: int, row: int | None, tokens: bool) -> None:
     """Rows of any other task, each with all that is judged together."""
     from halfbyte.cli.row_view import print_example, print_image
-    from halfbyte.data.tokenise import Example, load_tokenizer
+    from halfbyte.data.tokenise import Example
+    from halfbyte.data.tokenizer import load_tokenizer
     from halfbyte.tasks.known import prepare
 
     task = prepare(config, held_out_only=True)
@@ -228,7 +230,7 @@ def _counted(config: Config) -> Found:
     """Rows by their words alone: for the task that is set, or else for what the first one is good for."""
     from halfbyte.data.check import check_rows
     from halfbyte.data.faults import Reading
-    from halfbyte.data.image_read import ImageReport, read_images
+    from halfbyte.data.images.read import ImageReport, read_images
     from halfbyte.data.read import read_rows
     from halfbyte.data.row import OBJECTIVES
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from halfbyte.data.image_batch import ImageExample
+    from halfbyte.data.images.batch import ImageExample
     from halfbyte.data.tokenise import Example
 
 LEARNT = "bold green"

@@ -25,7 +25,8 @@ from halfbyte.data.faults import Fault, Reading
 from halfbyte.data.fingerprint import Fingerprint
 from halfbyte.data.read import iter_rows
 from halfbyte.data.token_file import CHUNK_BYTES, FORMAT, TokenFile, TokenWriter
-from halfbyte.data.tokenise import ROWS_AT_ONCE, Encoder, Tokeniser
+from halfbyte.data.tokenise import ROWS_AT_ONCE, Tokeniser
+from halfbyte.data.tokenizer import Encoder
 from halfbyte.data.truncation import refuse_none_left
 from halfbyte.errors import DataError
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfbyte.data.tokenise import Encoder
+from halfbyte.data.tokenizer import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from halfbyte.data.image_pixels import Preprocessor
+    from halfbyte.data.images.pixels import Preprocessor
     from halfbyte.data.render import Renderer
 
 FILE = "halfbyte.json"

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data.encoded import refuse_no_room
+from halfbyte.data.encoder_texts import refuse_no_room
 from halfbyte.data.examples import Listed
 from halfbyte.data.faults import Faults
 from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
 from halfbyte.data.pack import Batch, collate
 from halfbyte.data.render import Renderer
 from halfbyte.data.row import Row
-from halfbyte.data.tokenise import ROWS_AT_ONCE, Encoder, Example
+from halfbyte.data.tokenise import ROWS_AT_ONCE, Example
+from halfbyte.data.tokenizer import Encoder
 from halfbyte.data.truncation import refuse_too_many_cut
 from halfbyte.errors import DataError
 

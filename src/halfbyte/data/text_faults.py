@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from halfbyte.data.render import Rendered
-    from halfbyte.data.tokenise import Encoder, TextTokens
+    from halfbyte.data.tokenizer import Encoder, TextTokens
 
 
 def stop_fault(row: Rendered, tokens: TextTokens, encoder: Encoder) -> str:

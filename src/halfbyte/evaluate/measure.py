@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.data.pack import collate
+from halfbyte.evaluate.answers import Answer, ExactMatchResult, exact_match, gradable, write_records
 from halfbyte.evaluate.metrics import Metric
 from halfbyte.evaluate.perplexity import Lay, LossResult, Progress, held_out_loss
-from halfbyte.evaluate.tasks import Answer, ExactMatchResult, exact_match, gradable, write_records
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

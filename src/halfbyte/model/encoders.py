@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.data.encoded import EncodedBatch
-from halfbyte.data.image_batch import ImageBatch
+from halfbyte.data.encoder_texts import EncodedBatch
+from halfbyte.data.images.batch import ImageBatch
 from halfbyte.data.pack import Batch
 from halfbyte.model.attention import NAME
 from halfbyte.model.inputs import first_position, model_inputs

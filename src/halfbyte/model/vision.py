@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from halfbyte.data.image_pixels import FILE, Preprocessor, Size
+from halfbyte.data.images.pixels import FILE, Preprocessor, Size
 from halfbyte.errors import ModelError
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from halfbyte.data.encoded import EncodedExample, Text, encode
+from halfbyte.data.encoder_texts import EncodedExample, Text, encode
 from halfbyte.data.examples import Listed
 from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
 from halfbyte.data.labels import LabelReport, label_names, name_of, refuse_unknown, train_labels
 from halfbyte.data.row import Row
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.evaluate.classes import Answered, measured_classes
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.model.encoders import document_logits

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 
-from halfbyte.data.encoded import EncodedExample, Text, collate_encoded, encode
+from halfbyte.data.encoder_texts import EncodedExample, Text, collate_encoded, encode
 from halfbyte.data.examples import Listed
 from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.errors import DataError, listed
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.evaluate.retrieval import Pairs, measured_partners, measured_scores

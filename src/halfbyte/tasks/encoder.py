@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from halfbyte.data.encoded import EncodedBatch, EncodedExample, collate_encoded
-from halfbyte.data.tokenise import padding_id
+from halfbyte.data.encoder_texts import EncodedBatch, EncodedExample, collate_encoded
+from halfbyte.data.tokenizer import padding_id
 from halfbyte.errors import EvaluateError, ModelError
 from halfbyte.model.adapters import load_adapter
 from halfbyte.model.encoders import unpackable

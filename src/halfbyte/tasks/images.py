@@ -16,10 +16,10 @@ from halfbyte.data.check import check_overlap, split_rows
 from halfbyte.data.examples import Listed
 from halfbyte.data.faults import Reading
 from halfbyte.data.fingerprint import Fingerprint
-from halfbyte.data.image_batch import ImageCollator, ImageExample
-from halfbyte.data.image_idx import IMAGES, labels_file
-from halfbyte.data.image_pixels import FILE, Kept, Preprocessor
-from halfbyte.data.image_read import ImageReport, read_images, refuse_two_labels
+from halfbyte.data.images.batch import ImageCollator, ImageExample
+from halfbyte.data.images.idx import IMAGES, labels_file
+from halfbyte.data.images.pixels import FILE, Kept, Preprocessor
+from halfbyte.data.images.read import ImageReport, read_images, refuse_two_labels
 from halfbyte.data.labels import label_names, refuse_unknown, train_labels
 from halfbyte.evaluate.classes import Answered, measured_classes
 from halfbyte.evaluate.measure import Measurement
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from halfbyte.data.image_row import ImageRow
+    from halfbyte.data.images.row import ImageRow
     from halfbyte.settings import Config
 
 

@@ -19,7 +19,8 @@ from halfbyte.data.order import order_of
 from halfbyte.data.pack import collate, pack
 from halfbyte.data.render import Renderer
 from halfbyte.data.row import Row
-from halfbyte.data.tokenise import Example, Tokenised, load_tokenizer, tokenise_rows
+from halfbyte.data.tokenise import Example, Tokenised, tokenise_rows
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.evaluate.metrics import Metric
 from halfbyte.evaluate.statistics import Interval, Score, bootstrap_ratio, proportion

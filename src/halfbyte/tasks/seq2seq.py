@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
 from halfbyte.data.seq2seq import Pairs, PromptWriter, Seq2SeqExample, collate_seq2seq, encode_pairs
-from halfbyte.data.tokenise import Example, load_tokenizer
+from halfbyte.data.tokenise import Example
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.errors import ModelError
 from halfbyte.evaluate.measure import Measurement, Subject, measure
 from halfbyte.evaluate.perplexity import held_out_loss

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 
-from halfbyte.data.encoded import EncodedExample, encode_words
+from halfbyte.data.encoder_texts import EncodedExample, encode_words
 from halfbyte.data.examples import Listed
 from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
 from halfbyte.data.labels import label_names
 from halfbyte.data.pack import UNTRAINED
 from halfbyte.data.row import Row
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.errors import DataError, listed
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.evaluate.tagged import Tagged, measured_tags

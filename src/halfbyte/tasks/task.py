@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from halfbyte.data.examples import ExampleSet
     from halfbyte.data.faults import Reading
     from halfbyte.data.fingerprint import Fingerprint
-    from halfbyte.data.image_read import ImageReport
+    from halfbyte.data.images.read import ImageReport
     from halfbyte.data.pack import Batch
     from halfbyte.evaluate.measure import Measurement
     from halfbyte.settings import Config

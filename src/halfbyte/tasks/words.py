@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Self
 
 from halfbyte.data.fingerprint import Fingerprint
 from halfbyte.data.render import Renderer
-from halfbyte.data.tokenise import Example, load_tokenizer, padding_id
+from halfbyte.data.tokenise import Example
+from halfbyte.data.tokenizer import load_tokenizer, padding_id
 from halfbyte.evaluate.measure import Measurement, Subject, measure
 from halfbyte.evaluate.perplexity import held_out_loss
 from halfbyte.model.files import open_model_folder

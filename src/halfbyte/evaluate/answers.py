@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from halfbyte.data.tokenise import Encoder, padding_id
+from halfbyte.data.tokenizer import Encoder, padding_id
 from halfbyte.errors import EvaluateError
 from halfbyte.evaluate.perplexity import Progress, distinct_examples
 from halfbyte.evaluate.statistics import Interval, Score, proportion

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 
 from halfbyte.data.tokenise import Example
 from halfbyte.errors import EvaluateError
+from halfbyte.evaluate.answers import ExactMatchResult, exact_match, matches, write_records
 from halfbyte.evaluate.statistics import paired_difference
-from halfbyte.evaluate.tasks import ExactMatchResult, exact_match, matches, write_records
 
 PROMPTS = [
     "Once upon a time",

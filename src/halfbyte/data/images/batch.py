@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data.image_pixels import Preprocessor
-from halfbyte.data.image_row import ImageRow
+from halfbyte.data.images.pixels import Preprocessor
+from halfbyte.data.images.row import ImageRow
 
 
 @dataclass(frozen=True)

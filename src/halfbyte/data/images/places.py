@@ -10,9 +10,9 @@ from pathlib import Path
 
 from halfbyte.data.containers import CONTAINERS
 from halfbyte.data.faults import BadFileError, BadRowError, Fault
-from halfbyte.data.image_decode import SUFFIXES
-from halfbyte.data.image_idx import IMAGES, labels_file, read_idx
-from halfbyte.data.image_row import ArrayPicture, FilePicture, Pointer
+from halfbyte.data.images.decode import SUFFIXES
+from halfbyte.data.images.idx import IMAGES, labels_file, read_idx
+from halfbyte.data.images.row import ArrayPicture, FilePicture, Pointer
 from halfbyte.data.row import Json
 from halfbyte.data.turns import class_of, text_of
 from halfbyte.data.values import kind

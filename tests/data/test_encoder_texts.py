@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.data.encoded import Text, collate_encoded, encode
+from halfbyte.data.encoder_texts import Text, collate_encoded, encode
 from halfbyte.data.fingerprint import Fingerprint
-from halfbyte.data.tokenise import load_tokenizer
+from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.errors import DataError
 
 SINGLE = Text("A quiet film.", None, "one", "rows:1")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.faults import BadRowError
-from halfbyte.data.image_decode import Pixels, decode
+from halfbyte.data.images.decode import Pixels, decode
 from halfbyte.errors import DataError
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.data.faults import BadRowError, Fault, Faults, Reading
-from halfbyte.data.image_decode import require_pillow
-from halfbyte.data.image_places import BadPlaceError, Found, labelled_images
-from halfbyte.data.image_row import FilePicture, ImageRow, Pointer, content_of
+from halfbyte.data.images.decode import require_pillow
+from halfbyte.data.images.places import BadPlaceError, Found, labelled_images
+from halfbyte.data.images.row import FilePicture, ImageRow, Pointer, content_of
 from halfbyte.data.labels import label_names
 from halfbyte.errors import DataError, listed
 

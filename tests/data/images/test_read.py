@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 from halfbyte.data.faults import Reading
-from halfbyte.data.image_idx import read_idx
-from halfbyte.data.image_read import (
+from halfbyte.data.images.idx import read_idx
+from halfbyte.data.images.read import (
     ImageReport,
     read_images,
     refuse_two_labels,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data.image_decode import Pixels, require_pillow
+from halfbyte.data.images.decode import Pixels, require_pillow
 from halfbyte.errors import DataError
 
 FILE = "preprocessor_config.json"

@@ -14,8 +14,8 @@ from transformers.image_utils import load_image
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from halfbyte.data.image_decode import decode
-from halfbyte.data.image_pixels import FILE, Preprocessor, grey
+from halfbyte.data.images.decode import decode
+from halfbyte.data.images.pixels import FILE, Preprocessor, grey
 from halfbyte.errors import DataError
 
 PROCESSORS = {"ViT": ViTImageProcessorPil, "DeiT": DeiTImageProcessorPil}
