@@ -40,7 +40,7 @@ def test_what_changes_no_text_and_no_id_changes_nothing(
 def test_it_is_the_same_in_another_process(tokenizers: Tokenizers, shared: Callable[[str], Path]) -> None:
     code = (
         "import sys; from halfbyte.data.fingerprint import Fingerprint; from halfbyte.data.render import Renderer;"
-        "from halfbyte.data.tokenise import load_tokenizer;"
+        "from halfbyte.data.tokenizer import load_tokenizer;"
         "print(Fingerprint.of(Renderer(load_tokenizer(sys.argv[1]), 'llama2')))"
     )
     command = [sys.executable, "-c", code, str(shared("models/llama2-tokenizer"))]
