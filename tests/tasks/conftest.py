@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
 from halfbyte.config import load_config
+from halfbyte.pipeline import run
 from halfbyte.settings import Config
 
 SMALL: dict[str, Any] = {
@@ -70,3 +72,23 @@ def make(tmp_path: Path, encoder: Callable[[str], Path]) -> Make:
         return load_config(None, overrides, base)
 
     return build
+
+
+@pytest.fixture
+def resumes_to_the_same_bits() -> Callable[[Config], None]:
+    """Runs to the end, goes back to the checkpoint before the last, and goes on from there."""
+
+    def check(config: Config) -> None:
+        whole = run(config, evaluate=False)
+        expected = load_file(whole.result / "adapter_model.safetensors")
+        checkpoints = sorted((whole.folder / "checkpoints").iterdir())
+        assert len(checkpoints) > 1
+        shutil.rmtree(checkpoints[-1])
+        shutil.rmtree(whole.result)
+        (whole.folder / "summary.json").unlink()
+        again = run(config, evaluate=False, resume=True)
+        found = load_file(again.result / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    return check

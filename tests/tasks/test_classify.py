@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import halfbyte
@@ -108,19 +107,11 @@ def test_a_family_that_cannot_pack_is_padded_and_told_once(make: Make) -> None:
     assert again.plan.total_steps == 2
 
 
-def test_resume_gives_identical_weights(make: Make, tmp_path: Path) -> None:
+def test_resume_gives_identical_weights(
+    make: Make, resumes_to_the_same_bits: Callable[[Config], None]
+) -> None:
     config = make("classify", rows(), "train.save_steps=5", "train.max_steps=12", "lora.dropout=0.1")
-    whole = run(config, evaluate=False)
-    expected = load_file(whole.result / "adapter_model.safetensors")
-    checkpoints = sorted((whole.folder / "checkpoints").iterdir())
-    assert len(checkpoints) > 1
-    shutil.rmtree(checkpoints[-1])
-    shutil.rmtree(whole.result)
-    (whole.folder / "summary.json").unlink()
-    again = run(config, evaluate=False, resume=True)
-    found = load_file(again.result / "adapter_model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    resumes_to_the_same_bits(config)
 
 
 def test_other_labels_are_another_run(make: Make) -> None:

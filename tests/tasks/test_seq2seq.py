@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from tests.model.seq2seq_families import t5, tokenizer, write
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -161,19 +159,11 @@ def test_rows_are_padded_and_that_is_told_once(make: Make) -> None:
     assert again.task.facts()["prompt_tokens"]
 
 
-def test_resume_gives_identical_weights(make: Make) -> None:
+def test_resume_gives_identical_weights(
+    make: Make, resumes_to_the_same_bits: Callable[[Config], None]
+) -> None:
     config = make("train.save_steps=5", "train.max_steps=12", "lora.dropout=0.1")
-    whole = run(config, evaluate=False)
-    expected = load_file(whole.result / "adapter_model.safetensors")
-    checkpoints = sorted((whole.folder / "checkpoints").iterdir())
-    assert len(checkpoints) > 1
-    shutil.rmtree(checkpoints[-1])
-    shutil.rmtree(whole.result)
-    (whole.folder / "summary.json").unlink()
-    again = run(config, evaluate=False, resume=True)
-    found = load_file(again.result / "adapter_model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    resumes_to_the_same_bits(config)
 
 
 def test_what_the_tokenizer_changes_is_told(make: Make) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from halfbyte.data.examples import Learnable
 from halfbyte.data.pack import UNTRAINED, Batch, collate
 from halfbyte.errors import EvaluateError, listed
 from halfbyte.evaluate.statistics import Interval, Score, bootstrap_ratio
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from halfbyte.data.tokenise import Example
 
+L = TypeVar("L", bound=Learnable)
 Progress = Callable[[int, int], None]
 """Called with the number of items done and of all items."""
 
@@ -127,7 +129,7 @@ def held_out_loss(
     return LossResult(items, loss, loss.map(_exp), len(examples) - len(distinct))
 
 
-def distinct_examples(examples: Sequence[Example]) -> list[Example]:
+def distinct_examples(examples: Sequence[L]) -> list[L]:
     """The first of each equal rows, in order: copies are no independent evidence.
 
     Raises:
@@ -135,7 +137,7 @@ def distinct_examples(examples: Sequence[Example]) -> list[Example]:
     """
     if not examples:
         raise EvaluateError("HB603", "got no rows", fix="set data.eval, or data.eval_fraction above 0")
-    first: dict[str, Example] = {}
+    first: dict[str, L] = {}
     for example in examples:
         first.setdefault(example.id, example)
     return list(first.values())

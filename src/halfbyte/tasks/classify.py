@@ -12,14 +12,13 @@ import torch
 
 from halfbyte.data.encoder_texts import EncodedExample, Text, encode
 from halfbyte.data.examples import Listed
-from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
 from halfbyte.data.labels import LabelReport, label_names, name_of, refuse_unknown, train_labels
 from halfbyte.data.row import Row
 from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.evaluate.classes import Answered, measured_classes
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.model.encoders import document_logits
-from halfbyte.tasks.encoder import EncoderTask
+from halfbyte.tasks.encoder import EncoderTask, prepared_texts
 from halfbyte.tasks.sides import read_sides
 from halfbyte.tasks.task import Prepared, Progress
 from halfbyte.train.labelled import LabelLoss
@@ -77,15 +76,7 @@ class ClassifyTask(EncoderTask):
             Listed(encode(list(map(_text, side)), tokenizer, config.data.max_length))
             for side in (sides.train, sides.held_out)
         )
-        rows = Prepared(
-            train,
-            held_out,
-            sides.report,
-            sides.reading,
-            NO_FORMAT,
-            Fingerprint.of_texts(tokenizer),
-            (sum(e.truncated for e in train), sum(e.truncated for e in held_out)),
-        )
+        rows = prepared_texts(train, held_out, sides, tokenizer)
         return cls(config, rows, tokenizer, (sides.train, sides.held_out), labels)
 
     @cached_property

@@ -15,16 +15,15 @@ import torch
 
 from halfbyte.data.encoder_texts import EncodedExample, Text, collate_encoded, encode
 from halfbyte.data.examples import Listed
-from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
 from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.errors import DataError, listed
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.evaluate.retrieval import Pairs, measured_partners, measured_scores
 from halfbyte.model.mode import measured
 from halfbyte.model.pooling import document_vectors, pooling_of
-from halfbyte.tasks.encoder import EncoderTask
+from halfbyte.tasks.encoder import EncoderTask, prepared_texts
 from halfbyte.tasks.sides import read_sides
-from halfbyte.tasks.task import Prepared, Progress
+from halfbyte.tasks.task import Progress
 from halfbyte.train.alike import CosineLoss, PartnerLoss
 
 if TYPE_CHECKING:
@@ -59,15 +58,7 @@ class EmbedTask(EncoderTask):
             Listed(encode([text for row in side for text in _texts(row)], tokenizer, config.data.max_length))
             for side in (sides.train, sides.held_out)
         )
-        rows = Prepared(
-            train,
-            held_out,
-            sides.report,
-            sides.reading,
-            NO_FORMAT,
-            Fingerprint.of_texts(tokenizer),
-            (_cut_rows(train, members), _cut_rows(held_out, members)),
-        )
+        rows = prepared_texts(train, held_out, sides, tokenizer, members)
         task = cls(config, rows, tokenizer)
         task.members, task._sides = members, (sides.train, sides.held_out)
         return task
@@ -160,8 +151,3 @@ def _members(rows: Sequence[Row]) -> int:
             "HB234", what, fix="give rows of one kind: pairs, pairs with a negative, or pairs with a score"
         )
     return next(iter(kinds))[0] if kinds else 2
-
-
-def _cut_rows(examples: Listed[EncodedExample], members: int) -> int:
-    cut = [example.truncated for example in examples]
-    return sum(any(cut[at : at + members]) for at in range(0, len(cut), members))

@@ -5,14 +5,17 @@ It owns how encoded rows meet an encoder, packed or padded; it must not know whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from halfbyte.data.encoder_texts import EncodedBatch, EncodedExample, collate_encoded
+from halfbyte.data.examples import Listed
+from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
 from halfbyte.data.tokenizer import padding_id
-from halfbyte.errors import EvaluateError, ModelError
+from halfbyte.errors import ModelError
+from halfbyte.evaluate.perplexity import distinct_examples
 from halfbyte.model.adapters import load_adapter
 from halfbyte.model.encoders import unpackable
 from halfbyte.model.files import open_model_folder
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from halfbyte.settings import Config
+    from halfbyte.tasks.sides import Sides
 
 R = TypeVar("R")
 
@@ -146,9 +150,7 @@ class EncoderTask(Task[EncodedExample]):
         Raises:
             EvaluateError: HB603 for no rows.
         """
-        rows = sorted(distinct(self.rows.held_out), key=lambda e: e.tokens, reverse=True)
-        if not rows:
-            raise EvaluateError("HB603", "got no rows", fix="set data.eval, or data.eval_fraction above 0")
+        rows = sorted(distinct_examples(list(self.rows.held_out)), key=lambda e: e.tokens, reverse=True)
         size = self.config.evaluate.batch_size
         with measured(model):
             for begin in range(0, len(rows), size):
@@ -158,9 +160,33 @@ class EncoderTask(Task[EncodedExample]):
                     progress(begin + len(part), len(rows))
 
 
-def distinct(examples: Iterable[EncodedExample]) -> list[EncodedExample]:
-    """The first of each equal rows, in order: copies are no independent evidence."""
-    first: dict[str, EncodedExample] = {}
-    for example in examples:
-        first.setdefault(example.id, example)
-    return list(first.values())
+def prepared_texts(
+    train: Listed[EncodedExample],
+    held_out: Listed[EncodedExample],
+    sides: Sides,
+    tokenizer: PreTrainedTokenizerBase,
+    members: int = 1,
+) -> Prepared[EncodedExample]:
+    """Encoded rows with what was counted in them.
+
+    Args:
+        train: To train on.
+        held_out: To measure on.
+        sides: The rows as they were read.
+        tokenizer: Encoded them.
+        members: Texts of each row, next to each other.
+    """
+
+    def cut(examples: Listed[EncodedExample]) -> int:
+        rows = (examples[at : at + members] for at in range(0, len(examples), members))
+        return sum(any(text.truncated for text in row) for row in rows)
+
+    return Prepared(
+        train,
+        held_out,
+        sides.report,
+        sides.reading,
+        NO_FORMAT,
+        Fingerprint.of_texts(tokenizer),
+        (cut(train), cut(held_out)),
+    )

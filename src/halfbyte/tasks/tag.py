@@ -5,6 +5,7 @@ It owns how rows of words with tags become numbers, a loss and metrics; it must 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
@@ -13,7 +14,6 @@ import torch
 
 from halfbyte.data.encoder_texts import EncodedExample, encode_words
 from halfbyte.data.examples import Listed
-from halfbyte.data.fingerprint import NO_FORMAT, Fingerprint
 from halfbyte.data.labels import label_names
 from halfbyte.data.pack import UNTRAINED
 from halfbyte.data.row import Row
@@ -22,9 +22,9 @@ from halfbyte.errors import DataError, listed
 from halfbyte.evaluate.measure import Measurement
 from halfbyte.evaluate.tagged import Tagged, measured_tags
 from halfbyte.model.encoders import token_logits
-from halfbyte.tasks.encoder import EncoderTask
+from halfbyte.tasks.encoder import EncoderTask, prepared_texts
 from halfbyte.tasks.sides import read_sides
-from halfbyte.tasks.task import Prepared, Progress
+from halfbyte.tasks.task import Progress
 from halfbyte.train.labelled import TagLoss
 
 if TYPE_CHECKING:
@@ -61,15 +61,7 @@ class TagTask(EncoderTask):
             Listed(encode_words(side, labels, tokenizer, config.data.max_length))
             for side in (sides.train, sides.held_out)
         )
-        rows = Prepared(
-            train,
-            held_out,
-            sides.report,
-            sides.reading,
-            NO_FORMAT,
-            Fingerprint.of_texts(tokenizer),
-            (sum(e.truncated for e in train), sum(e.truncated for e in held_out)),
-        )
+        rows = prepared_texts(train, held_out, sides, tokenizer)
         task = cls(config, rows, tokenizer, labels)
         task._held_out = sides.held_out
         return task
@@ -81,15 +73,7 @@ class TagTask(EncoderTask):
         refuse_unknown_tags(self._held_out, labels)
         self.labels = labels
         encoded = encode_words(self._held_out, labels, self.tokenizer, self.config.data.max_length)
-        self.rows = Prepared(
-            self.rows.train,
-            Listed(encoded),
-            self.rows.report,
-            self.rows.reading,
-            self.rows.template,
-            self.rows.fingerprint,
-            self.rows.cut,
-        )
+        self.rows = replace(self.rows, held_out=Listed(encoded))
 
     def titles(self, example: EncodedExample) -> tuple[str, ...]:
         """Each token that has a tag, with it."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from halfbyte.data.pack import UNTRAINED
 from halfbyte.model.encoders import document_logits, token_logits
 from halfbyte.model.heads import PLAIN, Objective
-from halfbyte.train.step import RowNames, Share, trained_tokens
+from halfbyte.train.step import RowNames, Share, TokenLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,23 +53,8 @@ class LabelLoss:
 
 
 @dataclass(frozen=True)
-class TagLoss:
-    """The loss of tokens that have a class each, each counting the same.
-
-    Args:
-        objective: What is minimised of each.
-    """
-
-    objective: Objective = PLAIN
-
-    @property
-    def members(self) -> int:
-        """Every document stands alone."""
-        return 1
-
-    def divisor(self, batches: Sequence[Batch], rows: RowNames) -> int:
-        """Tokens that have a class."""
-        return trained_tokens(batches, rows)
+class TagLoss(TokenLoss):
+    """The loss of tokens that have a class each, each counting the same; what is trained is a token's class."""
 
     def share(self, model: PreTrainedModel, batch: Batch, divisor: int) -> Share:
         """The sum over the batch's tokens, divided."""
