@@ -8,7 +8,8 @@ It owns codes, their titles and how an error reads; it knows nothing of the part
     ├── ModelError     HB3xx  model folders, adapters, quantised files exit 2
     ├── KernelError    HB4xx  operations and the native module         exit 2
     ├── TrainError     HB5xx  the training run                         exit 1
-    └── EvaluateError  HB6xx  evaluation                               exit 1
+    ├── EvaluateError  HB6xx  evaluation                               exit 1
+    └── PlanError      HB7xx  forecasts: nothing fits, no measure      exit 1
 """
 
 from __future__ import annotations
@@ -230,4 +231,11 @@ class EvaluateError(HalfbyteError):
     """An evaluation that cannot give an answer."""
 
     family = "HB6"
+    exit_code = 1
+
+
+class PlanError(HalfbyteError):
+    """A forecast that cannot be made, or a wish that no plan fulfils."""
+
+    family = "HB7"
     exit_code = 1
