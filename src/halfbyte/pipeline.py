@@ -27,6 +27,7 @@ from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.keep import KeepPlan
+from halfbyte.model.residency import described_residency
 from halfbyte.model.same_base import read_base
 from halfbyte.report.noise_scale import noise_scale
 from halfbyte.report.plots import loss_curve
@@ -106,6 +107,7 @@ def run(
     _note_oddities(task, folder, watch)
     with _phase("load model", folder, watch) as part:
         model = task.load(part.progress)
+        part.say(described_residency(model))
         folder.write_manifest(_manifest(task), same=checkpoint is not None)
         task.check_fit(model)
     _make_ready(task, model, folder, watch)
@@ -114,7 +116,7 @@ def run(
     _plan_memory(task, model, folder, watch)
 
     display = tracked(watch.training(config.train.log_steps), config, folder.path, watch.note)
-    how = replace(_how(task, model), display=display, resume=checkpoint)
+    how = replace(_how(task, model), display=display, resume=checkpoint, is_proven=True)
     with folder.phase("train"):
         training = train(model, task.rows.train, task.config.train, how)
     folder.event("head", **head_route(model)._asdict())
@@ -276,7 +278,7 @@ def _make_ready(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watc
     """Refuse what can be refused before anything is measured; a fresh adapter answers as its base or the original."""
     make_trainable(model, task.config)
     if task.config.train.packing:
-        prove_isolation(model)  # training proves it again
+        prove_isolation(model)
     if task.begins:
         with _phase(task.begins, folder, watch) as part:
             task.begin(model, part.progress)

@@ -217,20 +217,19 @@ def plan_memory(model: nn.Module, tokens: int, budget_bytes: int) -> KeepPlan | 
 def describe(model: nn.Module) -> list[Blocks]:
     """How the decoder layers of a model run, by type; repeated modules of unknown types are named too."""
     found: Counter[tuple[str, str]] = Counter()
-    for layer in _repeated(model):
+    for layer in repeated_layers(model):
         family = _family(type(layer))
         why = "unknown type, it runs as it is" if family is None else _why_not(layer, family)
         found[_own_name(layer), why] += 1
     return [Blocks(name, count, not why, why) for (name, why), count in found.items()]
 
 
-def _repeated(model: nn.Module) -> Iterator[nn.Module]:
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """The members of every list of modules that is not inside another: a transformer's layers."""
+    found: list[nn.Module] = []
     for module in model.children():
-        if isinstance(module, nn.ModuleList):
-            yield from module
-        else:
-            yield from _repeated(module)
+        found.extend(module if isinstance(module, nn.ModuleList) else repeated_layers(module))
+    return found
 
 
 def _own_name(layer: nn.Module) -> str:

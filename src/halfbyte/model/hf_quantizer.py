@@ -21,8 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfbyte.errors import HalfbyteError, ModelError
 from halfbyte.model import attention
 from halfbyte.model.blocks import use_blocks
-from halfbyte.model.loading import place_quantised, refuse_mostly_unquantised, refuse_not_finite
+from halfbyte.model.loading import place_quantised, refuse_not_finite
 from halfbyte.model.lora import adapted_modules
+from halfbyte.model.matching import refuse_mostly_unquantised
 from halfbyte.model.peft_layers import is_peft_layer
 from halfbyte.model.saving import entries, stored_quantisation
 from halfbyte.model.skeleton import Slot, slots

@@ -20,6 +20,7 @@ from halfbyte.model import adapters, fingerprints, loading, lora
 from halfbyte.model.lora_spec import ALL_LINEAR, Bias, Init, LoraSpec
 from halfbyte.model.precision import computing_dtype
 from halfbyte.model.purpose import LABELLED, Head, Purpose, stored_labels
+from halfbyte.model.residency import Residency
 from halfbyte.quant.weight import QuantSpec
 from halfbyte.settings import TemplateName
 
@@ -33,6 +34,7 @@ def load(
     adapter: str | PathLike[str] | None = None,
     allow_template_mismatch: bool = False,
     task: Purpose = "generate",
+    residency: Residency | None = None,
 ) -> PreTrainedModel:
     """Load a language model, of either kind, or an encoder with what was trained on it, from a local folder.
 
@@ -48,9 +50,11 @@ def load(
             than the folder's.
         task: `generate`; of an encoder `classify`, `tag`, `embed`; of a vision transformer `classify_images`: with
             the adapter's or the folder's head.
+        residency: Take the frozen weights from the mapped files: all in memory (`resident`), or layer by layer
+            (`streamed`), so that a model larger than memory can be used and tuned. None reads them.
 
     Returns:
-        A transformers model in evaluation mode, frozen where it is in 4 bits.
+        A transformers model in evaluation mode, frozen where it is in 4 bits or mapped.
 
     Raises:
         ModelError: With a code for whatever is wrong with the folder or the adapter; HB326 where these were
@@ -66,6 +70,7 @@ def load(
         dtype=dtype if isinstance(dtype, torch.dtype) else computing_dtype(dtype or "auto"),
         adapter=Path(adapter) if adapter is not None else None,
         head=None if task == "generate" else Head(task, labels),
+        residency=residency,
     )
 
 

@@ -71,6 +71,7 @@ class TrainRun:
         resume: Checkpoint to go on from; None begins.
         held_out_loss: Measures the loss of held-out rows, nats per trained token; None where there are none.
         loss: What is minimised; None means the loss of tokens, as the settings have it.
+        is_proven: Whether `prove_isolation` was just passed by this very model.
     """
 
     folder: Path
@@ -83,6 +84,7 @@ class TrainRun:
     resume: Checkpoint | None = None
     held_out_loss: Callable[[], float] | None = None
     loss: StepLoss | None = None
+    is_proven: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class _Loop:
         self.model, self.config, self.run, self.examples = model, config, run, examples
         self.loss: StepLoss = run.loss or TokenLoss(Objective(config.label_smoothing, config.z_loss))
         self.plan = plan = Plan.of(unit_lengths(examples, self.loss.members), config, run.seed)
-        if config.packing:
+        if config.packing and not run.is_proven:
             prove_isolation(model)
         self.rows = RowNames(examples)
         self.collate: Callable[[Sequence[Any]], Batch] = run.collate or (

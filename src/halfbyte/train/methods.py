@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from transformers.utils import logging
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.adapters import save_adapter
+from halfbyte.model.files import open_model_folder
 from halfbyte.model.fingerprints import write_fingerprint
 from halfbyte.model.linear4bit import Linear4bit
 from halfbyte.model.loading import Progress, load
 from halfbyte.model.lora import add_lora
 from halfbyte.model.lora_spec import LoraSpec
+from halfbyte.model.mapped import can_let_go
 from halfbyte.model.precision import computing_dtype
 from halfbyte.model.purpose import Head, modules_to_train
+from halfbyte.model.residency import Residency, streamer_of
 from halfbyte.model.saving import whole_folder
 from halfbyte.quant.weight import QuantSpec
+from halfbyte.train.memory import available_bytes
+
+BASE_SHARE = 0.7
+"""Of the memory, what a base may take that is held in it; the rest is for all else."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,17 +54,49 @@ def load_base(config: Config, progress: Progress | None = None, head: Head | Non
     """
     quantization = QuantSpec(**config.quantization.model_dump()) if config.method == "qlora" else None
     dtype = torch.float32 if config.method == "full" else computing_dtype(config.dtype)
-    return load(config.model, quantization=quantization, dtype=dtype, progress=progress, head=head)
+    residency = chosen_residency(config)
+    return load(
+        config.model,
+        quantization=quantization,
+        dtype=dtype,
+        progress=progress,
+        head=head,
+        residency=residency,
+    )
+
+
+def chosen_residency(config: Config) -> Residency | None:
+    """Where the base is to be; None where all of it trains.
+
+    `auto` streams what would take more than its share of the memory, if its file holds the weights as they are used.
+    """
+    if config.method == "full":
+        return None
+    if config.residency != "auto":
+        return config.residency
+    folder = open_model_folder(config.model)
+    room = available_bytes() if config.memory_gb is None else int(config.memory_gb * 1e9)
+    too_large = sum(tensor.nbytes for tensor in folder.tensors.values()) > BASE_SHARE * room
+    in_place = config.method == "lora" or "quantization_config" in folder.config
+    return "streamed" if too_large and in_place and can_let_go() else "resident"
 
 
 def make_trainable(model: PreTrainedModel, config: Config) -> None:
     """Add the adapter and freeze the rest but an encoder's head; for full, every weight stays trainable.
 
     Raises:
-        ModelError: HB320 to HB322 and HB340 to HB343 for adapters that do not fit.
+        ModelError: HB320 to HB322 and HB340 to HB343 for adapters that do not fit, HB370 for one that would change a
+            base that is streamed.
     """
     if config.method != "full":
         spec = LoraSpec(**config.lora.model_dump())
+        if spec.init in ("pissa", "loftq") and streamer_of(model) is not None:
+            raise ModelError(
+                "HB370",
+                f"an adapter that begins as {spec.init} changes the base, whose file stays as it is",
+                where="lora.init",
+                fix="set lora.init to default, or residency to resident",
+            )
         whole = (*spec.modules_to_save, *modules_to_train(model))
         add_lora(model, replace(spec, modules_to_save=whole), config.seed)
 
