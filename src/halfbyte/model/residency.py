@@ -230,7 +230,9 @@ def described_residency(model: PreTrainedModel) -> str:
         return "the base is in memory"
     layers = max(unit.nbytes for unit in streamer.units)
     whole = sum(unit.nbytes for unit in (*streamer.units, streamer.loose))
-    return f"the base is streamed: two layers of {layers / 1e9:.2f} GB in memory, of {whole / 1e9:.2f} GB in all"
+    return (
+        f"the base is streamed: two layers of {layers / 1e9:.2f} GB in memory, of {whole / 1e9:.2f} GB in all"
+    )
 
 
 def _before(visit: Callable[[int], None], i: int, module: nn.Module, args: Any) -> None:
