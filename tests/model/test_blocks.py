@@ -203,3 +203,13 @@ def test_the_plan_keeps_most_at_the_end_and_never_more_than_the_budget(tmp_path)
     nothing = plan_memory(model, 100, 1)
     assert (set(nothing.keeps), nothing.fits) == ({Keep.INPUT}, False)
     assert "more than there is" in nothing.described()
+
+
+def test_layers_that_are_called_fused_run_fused(family, monkeypatch):
+    name, folder = family
+    model = adapted(folder)
+    runs = []
+    right = blocks.run_layer
+    monkeypatch.setattr(blocks, "run_layer", lambda *given: runs.append(1) or right(*given))
+    loss_of(model, tokens())
+    assert len(runs) == len(fused_layers(model)) == 2, name

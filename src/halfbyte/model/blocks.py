@@ -121,6 +121,7 @@ FAMILIES: dict[str, Family] = {
         activation="act",
         attention_norm="ln_1",
         mlp_norm="ln_2",
+        positional=("past_key_values", "attention_mask", "encoder_hidden_states"),
     ),
     "vit.modeling_vit.ViTLayer": _VIT,
     "deit.modeling_deit.DeiTLayer": _VIT,
