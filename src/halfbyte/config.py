@@ -78,6 +78,9 @@ def refuse_other_settings(config: Config, earlier: Config) -> None:
         ConfigError: HB121 naming every setting that differs and both values.
     """
     now, then = (_flat(settings.model_dump(exclude={"evaluate"})) for settings in (config, earlier))
+    for settings in (now, then):
+        if settings["train.activations"] == "disk":
+            settings["train.activations"] = "exact"  # the same bits
     differ = [n for n in now if n not in CHANGEABLE and now[n] != then.get(n)]
     if differ:
         faults = [f"`{name}` was {then.get(name)!r}, is {now[name]!r}" for name in differ]

@@ -131,6 +131,8 @@ CODES: dict[str, str] = {
     "HB510": "Checkpoint is damaged",
     "HB511": "Checkpoint is of another run",
     "HB513": "Too little memory",
+    "HB520": "Too little disk for activations",
+    "HB521": "Activations cannot be kept on disk",
     "HB601": "Numbers no interval can be made of",
     "HB602": "Two evaluations of different items",
     "HB603": "Nothing to evaluate",

@@ -38,6 +38,7 @@ from halfbyte.settings import Config
 from halfbyte.tasks.known import prepare
 from halfbyte.tasks.task import Task
 from halfbyte.train.checkpoint import Checkpoint, last_good
+from halfbyte.train.deviation import MUCH
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.loop import rehearse as rehearse_training
 from halfbyte.train.memory import activation_budget_bytes
@@ -113,10 +114,11 @@ def run(
     _make_ready(task, model, folder, watch)
     measured = partial(_measure, task=task, model=model, folder=folder, watch=watch)
     before = measured("before") if evaluate else None
-    _plan_memory(task, model, folder, watch)
+    _plan_memory(task, model, folder, watch, checkpoint is not None)
 
     display = tracked(watch.training(config.train.log_steps), config, folder.path, watch.note)
     how = replace(_how(task, model), display=display, resume=checkpoint, is_proven=True)
+    how = replace(how, tried=partial(_tell_deviation, folder, watch))
     with folder.phase("train"):
         training = train(model, task.rows.train, task.config.train, how)
     folder.event("head", **head_route(model)._asdict())
@@ -196,6 +198,8 @@ def rehearse(config: Config, overwrite: bool = False, *, watch: Watch | None = N
             task.longest_held_out().measure(model, part.progress)
         trial = rehearse_training(model, task.rows.train, task.config.train, _how(task, model))
         part.say(f"{trial.tokens:,} tokens in {trial.seconds:.2f} s")
+        if trial.deviation is not None:
+            part.say(trial.deviation.described())
     return Rehearsal(task, task.plan(), trial)
 
 
@@ -284,24 +288,48 @@ def _make_ready(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watc
             task.begin(model, part.progress)
 
 
-def _plan_memory(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watch: Watch) -> None:
+def _plan_memory(
+    task: Task[Any], model: PreTrainedModel, folder: RunFolder, watch: Watch, is_resumed: bool
+) -> None:
     """Decide what layers keep for the backward pass, and say which run fused."""
     with _phase("plan memory", folder, watch) as part:
         for kind in blocks.describe(model):
             folder.event("layers", **kind._asdict())
             if not kind.fused:
                 part.say(f"{kind.layers} {kind.type} are not fused: {kind.why}")
-        plan, tokens = _choose_kept(task, model)
+        lossy = task.config.train.activations == "8bit"
+        earlier = folder.last("memory") if is_resumed and lossy else None
+        plan, tokens = _choose_kept(task, model, earlier["keeps"] if earlier else None)
         if plan is not None:
             folder.event("memory", tokens=tokens, **plan.as_dict())
             part.say(plan.described())
+        elif task.config.train.activations != "exact":
+            part.say(f"train.activations: {task.config.train.activations} is for fused layers alone")
 
 
-def _choose_kept(task: Task[Any], model: PreTrainedModel) -> tuple[KeepPlan | None, int]:
+def _choose_kept(
+    task: Task[Any], model: PreTrainedModel, earlier: list[str] | None = None
+) -> tuple[KeepPlan | None, int]:
     """Have layers keep what memory allows at the largest batch; that plan, and the batch's tokens."""
-    tokens = task.plan().order.most_tokens
-    budget = activation_budget_bytes(task.config.train.activation_memory_gb)
-    return blocks.plan_memory(model, tokens, budget), tokens
+    tokens, settings = task.plan().order.most_tokens, task.config.train
+    plan = blocks.plan_memory(
+        model,
+        tokens,
+        activation_budget_bytes(settings.activation_memory_gb),
+        activations=settings.activations,
+        folder=Path(task.config.output_dir),
+        earlier=earlier,
+    )
+    return plan, tokens
+
+
+def _tell_deviation(folder: RunFolder, watch: Watch, trial: Trial) -> None:
+    """Write down and say what layers that keep in 8 bits change in the gradient."""
+    if trial.deviation is None:
+        return
+    folder.event("gradient_deviation", tokens=trial.tokens, **trial.deviation.as_dict())
+    much = f", more than {MUCH:.0%}: train.activations: exact is safer" if trial.deviation.is_much else ""
+    watch.note(f"The {trial.deviation.described()}{much}.")
 
 
 def _how(task: Task[Any], model: PreTrainedModel) -> TrainRun:

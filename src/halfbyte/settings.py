@@ -223,6 +223,9 @@ class TrainConfig(_Section):
     """NEFTune: embeddings get uniform noise up to alpha / sqrt(the row's tokens * width) in training; null: none."""
     activation_memory_gb: float | None = Field(None, gt=0)
     """GB that layers may hold for the backward pass, or else compute again; null: most of what is free."""
+    activations: Literal["exact", "8bit", "disk"] = "exact"
+    """What layers may do beside keeping and computing again: keep in 8 bits (gradients change a little, which is
+    measured), or in a file in output_dir (the same bits); where it does not save time it is not done."""
     log_steps: int = Field(10, ge=1)
     """Steps between printed lines; metrics.jsonl has every step."""
     report_to: list[Literal["tensorboard", "mlflow", "wandb"]] = []

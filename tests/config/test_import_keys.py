@@ -179,6 +179,27 @@ def test_measuring_while_training_is_taken_where_something_is_held_out(
     assert {name: lines[name].value for name in names if name in lines} == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (AXOLOTL + "gradient_checkpointing: offload_disk", "disk"),
+        (AXOLOTL + "gradient_checkpointing: true\nactivation_offloading: disk", "disk"),
+        (AXOLOTL + "gradient_checkpointing: offload_disk\nactivation_offloading: disk", "disk"),
+        (AXOLOTL + "gradient_checkpointing: offload\nactivation_offloading: legacy", None),
+        (AXOLOTL + "gradient_checkpointing: true\nactivation_offloading: true", None),
+        (FACTORY + "use_unsloth_gc: true\ndisable_gradient_checkpointing: false", None),
+        (TRL + "activation_offloading: true\ngradient_checkpointing_kwargs: {offload: true}", None),
+    ],
+)
+def test_what_waits_on_disk_there_may_do_so_here(desk: Path, text: str, expected: str | None) -> None:
+    (desk / "theirs.yaml").write_text(text, encoding="utf-8")
+    imported = import_file(desk / "theirs.yaml")
+    line = imported.lines.get("train.activations")
+    assert (line.value if line else None) == expected
+    asked = {key for key in imported.idle if "gradient_checkpointing" in key or "offloading" in key}
+    assert asked or expected
+
+
 def test_lion_of_transformers_keeps_its_betas(desk: Path) -> None:
     file = desk / "theirs.yaml"
     file.write_text(AXOLOTL + "optimizer: lion_8bit\nadam_epsilon: 1e-6\n", encoding="utf-8")

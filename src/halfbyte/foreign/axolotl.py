@@ -58,6 +58,8 @@ KEYS: Keys = {
     "peft_use_rslora": Taken("lora.rank_stabilised", flag),
     "loraplus_lr_ratio": Taken("train.lora_plus_ratio", number),
     "loraplus_lr_embedding": rules.EMBEDDING_RATE,
+    "gradient_checkpointing": Joint("train.activations"),
+    "activation_offloading": Joint("train.activations"),
     **idle("kernels are chosen by halfbyte, see `halfbyte doctor`", "flash_* sdp_attention"),
     **idle(
         "kernels are chosen by halfbyte, see `halfbyte doctor`",
@@ -188,6 +190,7 @@ def rule(draft: Draft) -> None:
     rules.passes(draft, "micro_batch_size", 1, "sequence_len", packed, "sample_packing")
     rules.schedule(draft, "lr_scheduler", "cosine")
     rules.optimizer_defaults(draft, "optimizer")
+    _activations(draft)
     _template(draft)
     preferences.task(draft, OBJECTIVES, "rl")
     rules.take_back_unread(draft)
@@ -205,6 +208,18 @@ def _targets(draft: Draft) -> None:
     else:
         draft.ignore("asks for nothing at this value", "lora_target_linear")
         rules.targets(draft, "lora_target_modules", draft.get("lora_target_modules"))
+
+
+def _activations(draft: Draft) -> None:
+    """Decide whether layers may wait on disk; what is offloaded to main memory is there already."""
+    on_disk = {"gradient_checkpointing": "offload_disk", "activation_offloading": "disk"}
+    for key, value in on_disk.items():
+        if draft.get(key) == value:
+            draft.set(
+                "train.activations", "disk", key, remark="done where it is quicker, with the same result"
+            )
+        else:
+            draft.ignore(rules.KEPT, key)
 
 
 def _rows(draft: Draft, key: str, setting: str) -> set[str]:

@@ -79,7 +79,7 @@ KEYS: Keys = {
         "kernels are chosen by halfbyte, see `halfbyte doctor`", "flash_attn enable_liger_kernel use_unsloth*"
     ),
     **idle(
-        "what layers keep for the backward pass follows train.activation_memory_gb, with the same result",
+        rules.KEPT,
         "disable_gradient_checkpointing use_reentrant_gc",
     ),
     **idle("norms, losses and what is trained are computed in float32", "upcast_* pure_bf16"),

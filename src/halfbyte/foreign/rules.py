@@ -45,6 +45,7 @@ SCHEDULES = {
     "warmup_stable_decay": "wsd",
 }
 
+KEPT = "what layers keep for the backward pass follows train.activation_memory_gb, with the same result"
 PACKED_APART = "packed rows never see each other here"
 
 
@@ -107,7 +108,7 @@ TRAINER: Keys = {
         "bf16 fp16 bfloat16 float16 tf32 bf16_full_eval fp16_full_eval fp16_opt_level half_precision_backend",
     ),
     **idle(
-        "what layers keep for the backward pass follows train.activation_memory_gb, with the same result",
+        KEPT,
         "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_offloading",
     ),
     **idle(

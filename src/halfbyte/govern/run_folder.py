@@ -127,6 +127,12 @@ class RunFolder:
         with (self.path / EVENTS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def last(self, what: str) -> dict[str, Any] | None:
+        """The newest line of that event; None where there is none."""
+        with (self.path / EVENTS).open(encoding="utf-8") as file:
+            found = [event for event in map(json.loads, file) if event["event"] == what]
+        return found[-1] if found else None
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Log beginning and end of a part of the run and note its wall time, also where it fails."""

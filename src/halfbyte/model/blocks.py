@@ -11,8 +11,10 @@ weights) runs the layer's own code, and `describe` says so.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,11 +24,13 @@ from halfbyte.model.attention import NAME
 from halfbyte.model.beside import trained_biases, trained_modules
 from halfbyte.model.documents import documents_of
 from halfbyte.model.functions import run_layer
-from halfbyte.model.keep import KeepPlan, plan_keeps
+from halfbyte.model.keep import Activations, KeepPlan, plan_keeps, same_keeps
 from halfbyte.model.layer import Heads, Keep, Layer, Norm, Surroundings
 from halfbyte.model.lora import LoraLinear, projection_of
+from halfbyte.model.offload import Offload, nearest_folder
 from halfbyte.model.peft_layers import adapter_modules, is_peft_layer
 from halfbyte.model.projection import Projection
+from halfbyte.model.speeds import Speeds, measure_speeds
 
 ACTIVATIONS = {
     "SiLUActivation": "silu",
@@ -152,6 +156,7 @@ class _Fused:
     """The `forward` of a fused layer; mixed in before the layer's own class."""
 
     keep: Keep = Keep.ALL
+    offload: Offload | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own signature; see its class in transformers."""
@@ -173,7 +178,7 @@ class _Fused:
             layer = replace(layer, heads=replace(layer.heads, window=told.window or None))
         around = Surroundings(told.documents, cos, sin)
         with torch.autocast("cpu", enabled=False):  # what it asks for is what the layer computes in already
-            return run_layer(layer, hidden_states.contiguous(), around, self.keep)
+            return run_layer(layer, hidden_states.contiguous(), around, self.keep, self.offload)
 
 
 def use_blocks(model: nn.Module) -> None:
@@ -192,27 +197,62 @@ def fused_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def plan_memory(model: nn.Module, tokens: int, budget_bytes: int) -> KeepPlan | None:
-    """Set what every fused layer keeps for its backward pass.
+def plan_memory(
+    model: nn.Module,
+    tokens: int,
+    budget_bytes: int,
+    *,
+    activations: Activations = "exact",
+    folder: Path = Path(),
+    speeds: Speeds | None = None,
+    earlier: Sequence[str] | None = None,
+) -> KeepPlan | None:
+    """Set what every fused layer keeps for its backward pass, and how.
 
     Args:
         model: With its adapters.
         tokens: Most tokens of a pass, padding included.
-        budget_bytes: What the layers may hold between forward and backward.
+        budget_bytes: What the layers may hold in memory between forward and backward.
+        activations: What is allowed beside keeping and computing again.
+        folder: Where layers on disk wait, in a file without a name; the nearest folder above, if it is not there.
+        speeds: Of the machine; None measures them where they decide.
+        earlier: Names of a choice that is to be taken again.
 
     Returns:
         The choice; None for a model without fused layers, whose memory is torch's affair.
+
+    Raises:
+        TrainError: HB520 where the disk has too little room, HB521 where it fails.
     """
     modules = fused_layers(model)
     if not modules:
         return None
     layers = [_layer(module, _known_family(module)) for module in modules]
     itemsize = layers[0].attention_norm.weight.element_size()
-    plan = plan_keeps(layers, tokens, itemsize, budget_bytes)
+    if activations == "disk" and speeds is None and earlier is None:
+        speeds = measure_speeds(layers[0], nearest_folder(folder))
+    if earlier is not None:
+        plan = same_keeps(layers, tokens, itemsize, budget_bytes, earlier)
+    else:
+        plan = plan_keeps(layers, tokens, itemsize, budget_bytes, activations=activations, speeds=speeds)
+    offload = Offload(folder, plan.disk_bytes) if plan.disk_bytes else None
     for module, keep in zip(modules, plan.keeps, strict=True):
         assert isinstance(module, _Fused)
-        module.keep = keep
+        module.keep, module.offload = keep, offload
     return plan
+
+
+@contextmanager
+def exactly(model: nn.Module) -> Iterator[int]:
+    """Have layers that keep in 8 bits compute again instead within the block; how many they are."""
+    layers = [m for m in model.modules() if isinstance(m, _Fused) and m.keep is Keep.EIGHT_BIT]
+    for layer in layers:
+        layer.keep = Keep.INPUT
+    try:
+        yield len(layers)
+    finally:
+        for layer in layers:
+            layer.keep = Keep.EIGHT_BIT
 
 
 def describe(model: nn.Module) -> list[Blocks]:

@@ -14,23 +14,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halfbyte.model.layer import Keep, Layer, Surroundings
+from halfbyte.model.offload import Offload
+from halfbyte.model.packed import pack, unpack
 from halfbyte.model.passes import call, layer_backward, layer_forward
 from halfbyte.model.projection import Projection, project, project_grad
 
 
-def run_layer(layer: Layer, x: Tensor, around: Surroundings, keep: Keep) -> Tensor:
+def run_layer(
+    layer: Layer, x: Tensor, around: Surroundings, keep: Keep, offload: Offload | None = None
+) -> Tensor:
     """A layer's output, differentiable in x and in the branches of its projections.
 
     Args:
         layer: Its parts.
         x: (B, T, C) contiguous.
         around: Documents and positions.
-        keep: What stays in memory for the backward pass.
+        keep: What is kept for the backward pass, and how.
+        offload: Where it waits, if that is on disk.
+
+    Raises:
+        TrainError: HB520, HB521 for a disk that is full or fails.
     """
     trained = _trained(layer.projections)
     if not torch.is_grad_enabled() or not (x.requires_grad or trained):
         return layer_forward(call(layer, x, around), Keep.INPUT)[0]
-    y: Tensor = _Layer.apply(x, layer, around, keep, *trained)  # type: ignore[no-untyped-call]
+    y: Tensor = _Layer.apply(x, layer, around, (keep, offload), *trained)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -48,22 +56,36 @@ def _trained(projections: Iterable[Projection]) -> list[Tensor]:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: Layer, around: Surroundings, keep: Keep, *trained: Tensor
+        ctx: Any,
+        x: Tensor,
+        layer: Layer,
+        around: Surroundings,
+        how: tuple[Keep, Offload | None],
+        *trained: Tensor,
     ) -> Tensor:
         this = call(layer, x, around)
-        y, kept = layer_forward(this, keep)
-        ctx.call = this._replace(x=x.new_empty(0))  # autograd holds the input
+        keep, ctx.offload = how
+        y, kept = layer_forward(this, keep.kept)
+        ctx.call = this._replace(x=x.new_empty(0))  # what is kept has the input
+        ctx.keep, kept = keep, {"x": x, **kept}
+        if keep.on_disk:
+            assert ctx.offload is not None
+            ctx.waiting, kept = ctx.offload.put(kept), {}
+        elif keep is Keep.EIGHT_BIT:
+            kept = pack(kept, len(this.flat))
         ctx.names = list(kept)
-        ctx.save_for_backward(x, *kept.values())
+        ctx.save_for_backward(*kept.values())
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        kept = dict(zip(ctx.names, tensors, strict=True))
-        del tensors
-        this = ctx.call._replace(x=x)
+        kept = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        if ctx.keep.on_disk:
+            kept = ctx.offload.take(ctx.waiting)
+        elif ctx.keep is Keep.EIGHT_BIT:
+            kept = unpack(kept, dy.dtype)
+        this = ctx.call._replace(x=kept.pop("x"))
         dx, grads = layer_backward(this, dy, kept, need_dx=ctx.needs_input_grad[0])
         return dx, None, None, None, *(grad for pair in grads for grad in pair)
 

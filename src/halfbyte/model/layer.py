@@ -23,14 +23,34 @@ from halfbyte.model.projection import Projection
 
 
 class Keep(IntEnum):
-    """What a layer keeps for its backward pass; the gradients are the same bits whichever is chosen."""
+    """What a layer keeps for its backward pass, and how: from what needs least memory to what computes least.
 
-    INPUT = 0
+    But for `EIGHT_BIT`, the gradients are the same bits whichever is chosen.
+    """
+
+    DISK_INPUT = 0
+    """As `INPUT`, in a file."""
+    INPUT = 1
     """Its input, and what its last product alone would bring back: all before that is computed again."""
-    COSTLY = 1
+    DISK = 2
+    """As `COSTLY`, in a file."""
+    EIGHT_BIT = 3
+    """As `COSTLY`, most of it rounded to 8 bits."""
+    COSTLY = 4
     """What products and attention made; norms and activations are computed again."""
-    ALL = 2
+    ALL = 5
     """Everything that a gradient needs."""
+
+    @property
+    def kept(self) -> Keep:
+        """What is kept, however that is done: `INPUT`, `COSTLY` or `ALL`."""
+        ways = {Keep.DISK_INPUT: Keep.INPUT, Keep.DISK: Keep.COSTLY, Keep.EIGHT_BIT: Keep.COSTLY}
+        return ways.get(self, self)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether it waits in a file."""
+        return self in (Keep.DISK_INPUT, Keep.DISK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def layer_forward(this: Call, keep: Keep) -> tuple[Tensor, Kept]:
 
     Args:
         this: What is computed.
-        keep: What to keep.
+        keep: What to keep: `INPUT`, `COSTLY` or `ALL`.
 
     Returns:
         (B, T, C), and what `layer_backward` takes.

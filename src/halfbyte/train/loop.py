@@ -72,6 +72,7 @@ class TrainRun:
         held_out_loss: Measures the loss of held-out rows, nats per trained token; None where there are none.
         loss: What is minimised; None means the loss of tokens, as the settings have it.
         is_proven: Whether `prove_isolation` was just passed by this very model.
+        tried: Told what the trial on the largest batch took.
     """
 
     folder: Path
@@ -85,6 +86,7 @@ class TrainRun:
     held_out_loss: Callable[[], float] | None = None
     loss: StepLoss | None = None
     is_proven: bool = False
+    tried: Callable[[Trial], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def train(
         loop.noise,
         Shown(run.display, loop.plan.total_steps) as display,
     ):
-        loop.try_largest()
+        run.tried(loop.try_largest())
         for step in loop.steps():
             record = loop.measured(loop.step(step, ctrl_c))
             metrics.write(record)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from halfbyte.errors import TrainError
+from halfbyte.train.deviation import Deviation, deviation
 from halfbyte.train.metrics import peak_rss_bytes
 from halfbyte.train.optimizer import build_optimizer, set_learning_rate
 
@@ -34,11 +35,13 @@ class Trial:
         tokens: Tokens of its batch, without padding.
         seconds: Wall time.
         peak_rss_bytes: Largest resident memory of the process so far; None where the system does not say.
+        deviation: What layers that keep in 8 bits change in its gradient; None where none does.
     """
 
     tokens: int
     seconds: float
     peak_rss_bytes: int | None
+    deviation: Deviation | None = None
 
 
 @contextmanager
@@ -73,6 +76,8 @@ def try_step(
 ) -> Trial:
     """Do one step at a learning rate of zero: weights and random numbers are as before, gradients and state are gone.
 
+    Where layers keep in 8 bits, the batch's gradient is taken twice more, to see what that changes.
+
     Args:
         model: In training mode.
         batch: The largest there is.
@@ -86,10 +91,14 @@ def try_step(
     device = next(model.parameters()).device.type
     began = time.perf_counter()
     what = f"a step on the largest batch, {batch.tokens:,} tokens in {len(batch.documents):,} rows"
-    with torch.random.fork_rng(devices=[]), enough_memory(what):
+
+    def take() -> None:
         with torch.autocast(device, autocast) if autocast else nullcontext():
             share = loss.share(model, batch, max(1, batch.trained_tokens))
         share.objective.backward()  # type: ignore[no-untyped-call]
+
+    with torch.random.fork_rng(devices=[]), enough_memory(what):
+        take()
         optimizer = build_optimizer(model, config)
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -97,4 +106,6 @@ def try_step(
         set_learning_rate(optimizer, 0.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return Trial(batch.tokens, time.perf_counter() - began, peak_rss_bytes())
+        del optimizer
+        seconds = time.perf_counter() - began
+        return Trial(batch.tokens, seconds, peak_rss_bytes(), deviation(model, take))
