@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ WAYS = {
 HELD = 0.7
 """Most that 8 bits may hold of what exact products hold, in bfloat16: queries and keys stay as they are."""
 PACKING = 0.05
-"""Most of a step's time that rounding and its reverse may take."""
+"""Most of a step's processor time that rounding and its reverse may take."""
 WITHIN = 0.003
 """Most that the final losses may differ, as a share of the exact one: what bfloat16 is held to in curves.py."""
 STEPS, QUICK_STEPS = 200, 5
@@ -85,7 +86,7 @@ def ways(model: PreTrainedModel, where: str, tokens: int, quick: bool) -> Iterat
         sides = {way: step_in(name) for way, name in WAYS.items()}
         held = {way: held_bytes(side) for way, side in sides.items()}
         seconds = time_sides(sides, rounds=1 if quick else 7)
-        packing = seconds_of_packing(sides["8 bits"]) / seconds["8 bits"]
+        packing = median(share_of_packing(sides["8 bits"]) for _ in range(1 if quick else 5))
     for way in WAYS:
         yield Figure(f"{where}, {way}: held between forward and backward", held[way] / 2**20, "MiB")
         yield Figure(f"{where}, {way}: time of a step", seconds[way], "s")
@@ -186,27 +187,28 @@ def held_bytes(side: Callable[[], None]) -> int:
     return held
 
 
-def seconds_of_packing(side: Callable[[], None]) -> float:
-    """Wall time in a step of rounding to 8 bits and back."""
+def share_of_packing(side: Callable[[], None]) -> float:
+    """The share of a step's processor time, over all threads, of rounding to 8 bits and back."""
     right, spent = (functions.pack, functions.unpack), 0.0
 
     def timed(work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
             nonlocal spent
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return work(*given)
             finally:
-                spent += time.perf_counter() - began
+                spent += time.process_time() - began
 
         return call
 
     functions.pack, functions.unpack = map(timed, right)
+    began = time.process_time()
     try:
         side()
     finally:
         functions.pack, functions.unpack = right
-    return spent
+    return spent / (time.process_time() - began)
 
 
 def _at_most(claim: str, figure: float, unit: str, floor: float, is_promised: bool) -> Figure:

@@ -185,6 +185,17 @@ def test_a_tensor_changed_while_it_waits_is_refused(tmp_path: Path, monkeypatch:
         offload.take(waiting)
 
 
+def test_one_layer_is_on_its_way_at_a_time(tmp_path: Path) -> None:
+    offload, waiting = Offload(tmp_path, 0), []
+    for number in range(4):
+        waiting.append(offload.put({"x": seeded(100_000) + number}))
+        assert all(before.unwritten is None for before in waiting[:-1])
+    for number in (3, 2, 1, 0):
+        assert torch.equal(offload.take(waiting[number])["x"], seeded(100_000) + number)
+        ahead = [each for each in waiting if each.read is not None]
+        assert ahead == waiting[max(0, number - 1) : number]
+
+
 def test_the_file_has_no_name_and_ends_with_what_uses_it(tmp_path: Path) -> None:
     offload = Offload(tmp_path / "not" / "there", 10 * PAGE)
     assert (offload.folder, os.listdir(tmp_path)) == (tmp_path, [])
@@ -337,6 +348,26 @@ def test_a_plan_with_a_disk_takes_less_memory_than_one_without(tmp_path: Path) -
     assert least.fits
     assert Keep.DISK_INPUT in least.keeps
     assert not getattr(plan_memory(model, 100, whole + 2 * input_), "fits", None)
+
+
+def test_a_peak_has_what_waits_and_what_is_on_its_way(tmp_path: Path) -> None:
+    model = adapted(save_tiny("llama", tmp_path, num_hidden_layers=4))
+    layer = layer_of(model)
+    whole, input_ = (kept_bytes(layer, 100, 4, keep) for keep in (Keep.ALL, Keep.INPUT))
+    written, rounded = disk_bytes(layer, 100, 4, Keep.DISK), kept_bytes(layer, 100, 4, Keep.EIGHT_BIT)
+    for names, expected in (
+        (["input", "disk", "disk", "all"], input_ + written + whole),
+        (["disk", "disk", "input", "all"], max(written, input_) + whole),
+        (["disk_input", "disk_input", "disk_input", "all"], input_ + whole),
+        (["eight_bit", "eight_bit", "eight_bit", "all"], 3 * rounded + whole),
+        (
+            ["input", "input", "input", "eight_bit"],
+            3 * input_ + backward_bytes(layer, 100, 4, Keep.EIGHT_BIT),
+        ),
+    ):
+        plan = plan_memory(model, 100, 1, folder=tmp_path, earlier=names)
+        assert plan is not None
+        assert plan.peak_bytes == expected, names
 
 
 def test_a_peak_is_counted_as_it_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

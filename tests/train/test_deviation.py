@@ -18,6 +18,7 @@ def taker(model: torch.nn.Module):  # type: ignore[no-untyped-def]
     ids = torch.randint(3, 101, (2, 13), generator=torch.Generator().manual_seed(2))
 
     def take() -> None:
+        assert all(p.any() for p in model.parameters() if p.requires_grad), "no error shows behind zeros"
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
     return take
