@@ -5,8 +5,8 @@ It owns the shapes, the runs and the table; it must not know how a base is strea
     python bench/headline_65b.py [--quick]
 
 The bases have LLaMA-65B's and Llama-2-7B's shapes and seeded random weights in NF4 with double quantization, one
-file each, made here and removed at the end; 36 GB must be free. Every run is `halfbyte train` in a process of its own,
-LoRA beside all linear layers, one row of the stated tokens per step, every token trained. Memory is the kernel's
+file each, made here and removed at the end; 36 GB must be free. Every run is `halfbyte train` in a process of its
+own, LoRA beside all linear layers, one row of the stated tokens per step, every token trained. Memory is the kernel's
 high-water mark of the whole process, see bench/watched.py.
 
 A step's floor is the larger of two times: its useful operations (bench/step.py) at the bf16 peak of products in

@@ -324,8 +324,8 @@ class Config(_Section):
     dtype: Dtype = "auto"
     """Computing type of the frozen base; auto: bfloat16 if the kernels in use multiply it, else float32."""
     residency: Literal["auto", "resident", "streamed"] = "auto"
-    """Where the frozen base is: resident in memory, or streamed from its file layer by layer, which takes a folder in 4
-    bits (halfbyte quantize) or method lora; auto: streamed where memory would not hold it."""
+    """Where the frozen base is: resident in memory, or streamed from its file layer by layer, which takes a folder in
+    4 bits (halfbyte quantize) or method lora; auto: streamed where memory would not hold it."""
     memory_gb: float | None = Field(None, gt=0)
     """GB of memory that the run may take; null: what is free."""
     seed: int = Field(0, ge=0, lt=SEED_LIMIT)
