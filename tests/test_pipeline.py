@@ -44,6 +44,8 @@ def test_a_run_leaves_all_its_evidence(make: Make) -> None:
         "metrics.jsonl",
         "events.jsonl",
         "summary.json",
+        "plan.json",
+        "ledger.json",
         "loss.svg",
         "loss.png",
         "adapter/adapter_config.json",

@@ -64,7 +64,7 @@ def load_config(
 
 
 CHANGEABLE = ("output_dir", "train.log_steps", "train.save_steps", "train.save_total_limit")
-"""What says nothing about the weights, as all of `evaluate` does: a run may go on with others."""
+"""What says nothing about the weights, as all of `evaluate` and `cost` does: a run may go on with others."""
 
 
 def refuse_other_settings(config: Config, earlier: Config) -> None:
@@ -77,7 +77,7 @@ def refuse_other_settings(config: Config, earlier: Config) -> None:
     Raises:
         ConfigError: HB121 naming every setting that differs and both values.
     """
-    now, then = (_flat(settings.model_dump(exclude={"evaluate"})) for settings in (config, earlier))
+    now, then = (_flat(settings.model_dump(exclude={"evaluate", "cost"})) for settings in (config, earlier))
     for settings in (now, then):
         if settings["train.activations"] == "disk":
             settings["train.activations"] = "exact"  # the same bits

@@ -141,6 +141,9 @@ CODES: dict[str, str] = {
     "HB606": "Optional package is missing",
     "HB610": "Classes have no probabilities",
     "HB611": "Vectors are not finite",
+    "HB710": "No runs to look back on",
+    "HB711": "No models to audit",
+    "HB712": "Folder cannot be audited",
 }
 
 FAULTS_SHOWN = 20

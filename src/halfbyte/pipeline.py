@@ -18,7 +18,7 @@ from halfbyte.config import load_config, refuse_other_settings
 from halfbyte.data.order import Usage
 from halfbyte.errors import ConfigError, EvaluateError, listed
 from halfbyte.evaluate.measure import Measurement
-from halfbyte.govern.manifest import manifest
+from halfbyte.govern.manifest import Hardware, manifest, versions
 from halfbyte.govern.run_folder import RunFolder, check_free
 from halfbyte.kernels import backends
 from halfbyte.model import blocks
@@ -29,6 +29,9 @@ from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.keep import KeepPlan
 from halfbyte.model.residency import described_residency
 from halfbyte.model.same_base import read_base
+from halfbyte.plan.history import PastRun
+from halfbyte.plan.ledger import PLAN, Planned
+from halfbyte.plan.recorder import Recorder
 from halfbyte.report.noise_scale import noise_scale
 from halfbyte.report.plots import loss_curve
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
@@ -101,7 +104,20 @@ def run(
     autocast_dtype(config)
     check_installed(config.train.report_to)
     folder, checkpoint = _open_folder(config, overwrite, resume, watch)
+    with _recorder(config, folder, checkpoint) as recorder:
+        return _run(config, folder, checkpoint, recorder, evaluate=evaluate, watch=watch)
 
+
+def _run(
+    config: Config,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    recorder: Recorder,
+    *,
+    evaluate: bool,
+    watch: Watch,
+) -> RunResult:
+    """The run's steps in order."""
     with _phase("prepare rows", folder, watch) as part:
         task = prepare(config, progress=part.progress)
         part.say(task.described())
@@ -129,14 +145,17 @@ def run(
     after = measured("after") if evaluate else None
 
     _draw(training.metrics, folder, watch)
+    size = ModelSize.of(model)
+    recorder.parts |= {"base": size.nbytes - size.trainable_bytes, "adapters": size.trainable_bytes}
     summary = Summary(
-        setting=_setting(task, ModelSize.of(model)),
+        setting=_setting(task, size),
         changes=compare(before, after, resamples=config.evaluate.bootstrap, seed=config.seed),
         samples=side_by_side(before, after, config.evaluate.samples),
         training=training,
         phase_seconds=dict(folder.seconds),
         peak_rss_bytes=peak_rss_bytes(),
         noise_scale=noise_scale(training.metrics),
+        took=PastRun.of(folder.path, recorder.finish()),
     )
     folder.write_json("summary.json", summary.as_dict())
     folder.event("run", state="done")
@@ -249,7 +268,21 @@ def _open_folder(
             watch.note(f"Going on after step {checkpoint.state.step:,} of {checkpoint.state.total_steps:,}.")
             folder.event("resume", checkpoint=checkpoint.folder.name, refused=refused)
     folder.write_text("config.yaml", config.to_yaml())
+    if not (folder / PLAN).exists():
+        folder.write_json(PLAN, Planned().as_dict())
     return folder, checkpoint
+
+
+def _recorder(config: Config, folder: RunFolder, checkpoint: Checkpoint | None) -> Recorder:
+    """What watches the run and writes down what it took."""
+    return Recorder(
+        folder.path,
+        config,
+        machine=vars(Hardware.here()),
+        versions={"halfbyte": __version__, **versions()},
+        write=folder.write_json,
+        resumed_after=checkpoint.state.step if checkpoint else 0,
+    )
 
 
 def _check_template(task: Task[Any], folders: list[Path], watch: Watch) -> None:

@@ -310,6 +310,32 @@ class EvaluateConfig(_Section):
     """Whether `halfbyte eval` measures what was trained with another chat format or tokenizer than is in use."""
 
 
+class CostConfig(_Section):
+    """What energy and machine cost; what is given wins over the tables that come with halfbyte."""
+
+    country: str | None = Field(None, pattern="^[A-Z]{2}$")
+    """Where the machine stands, as two letters (ISO 3166: DE, US): decides grid and price of electricity."""
+    grid_g_per_kwh: float | None = Field(None, ge=0)
+    """CO2 of a kWh in grams; null: the country's mean."""
+    currency: str | None = Field(None, pattern="^[A-Z]{3}$")
+    """Of the prices given, as three letters (EUR, USD); null: the table's."""
+    price_per_kwh: float | None = Field(None, ge=0)
+    """Of electricity; null: what households of the country pay, or nothing where machine_price_per_hour is given."""
+    machine_price_per_hour: float | None = Field(None, ge=0)
+    """What the machine costs beside electricity, such as its rent; null: nothing."""
+    machine_watts: float | None = Field(None, gt=0)
+    """What the whole machine takes while it works; read where it has no energy counter."""
+    pue: float | None = Field(None, ge=1)
+    """A data centre's power usage effectiveness: its energy by that of its machines; null: 1, as at home."""
+
+    @field_validator("price_per_kwh", "machine_price_per_hour")
+    @classmethod
+    def _in_a_currency(cls, price: float | None, others: ValidationInfo) -> float | None:
+        if price is not None and others.data.get("currency", "") is None:
+            raise PydanticCustomError("unread", "cost.currency to be set: a price is in one")
+        return price
+
+
 class Config(_Section):
     """A run: one model, one data set, one way to train and to measure."""
 
@@ -344,6 +370,8 @@ class Config(_Section):
     """Learning from judged answers."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured."""
+    cost: CostConfig = CostConfig()
+    """What energy and machine cost."""
 
     @field_validator("data", "train", "preference", "evaluate")
     @classmethod

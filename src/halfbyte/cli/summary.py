@@ -16,12 +16,14 @@ from rich.text import Text
 from halfbyte.cli.consoles import size
 from halfbyte.evaluate.metrics import KINDS, Kind
 from halfbyte.model.seq2seq import holds_encoder_decoder
+from halfbyte.report.amounts import with_reason
 from halfbyte.report.noise_scale import advice
 from halfbyte.train.display import duration
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.statistics import Interval
     from halfbyte.pipeline import RunResult
+    from halfbyte.plan.history import PastRun
     from halfbyte.report.summary import Change, Summary
 
 SAMPLE_CHARACTERS = 240
@@ -157,8 +159,21 @@ def _cost(summary: Summary) -> RenderableType:
             "memory": f"{size(summary.peak_rss_bytes)} at most for the whole process; "
             f"weights {size(s.weight_bytes)}",
             "time": f"{duration(sum(summary.phase_seconds.values()))}: {phases}",
+            **(_took(summary.took) if summary.took else {}),
         }
     )
+
+
+def _took(run: PastRun) -> dict[str, str]:
+    """What the run took beside time, and how far its forecast was off."""
+    took = run.ledger
+    off = ", ".join(f"{d.what} {d.error:+.1%}" for d in run.differences())
+    return {
+        "energy": with_reason(took.energy),
+        "money": with_reason(took.cost),
+        "CO2": with_reason(took.co2),
+        "forecast": f"off by {off} of what was measured" if off else "none was made",
+    }
 
 
 def _files(result: RunResult) -> RenderableType:
@@ -170,6 +185,7 @@ def _files(result: RunResult) -> RenderableType:
         "metrics.jsonl": "every step",
         "loss.svg": "the loss curve",
         "manifest.json": "what it was made from: digests, versions, hardware",
+        "ledger.json": "what it took: memory, time, energy, money; plan.json has what was forecast",
         "bad_rows.jsonl": "rows that were skipped, and why",
         "config.yaml": "every setting; runs the same again",
     }

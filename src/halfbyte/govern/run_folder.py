@@ -36,6 +36,8 @@ CONTENTS = (
     "eval",
     "loss.svg",
     "loss.png",
+    "plan.json",
+    "ledger.json",
     SUMMARY,
 )
 

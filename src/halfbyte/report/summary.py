@@ -14,6 +14,7 @@ from halfbyte.report.noise_scale import advice
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.measure import Measurement
+    from halfbyte.plan.history import PastRun
     from halfbyte.train.loop import TrainResult
 
 
@@ -106,6 +107,7 @@ class Summary:
         phase_seconds: Wall time of each part of the run.
         peak_rss_bytes: Largest resident memory of the process; None where the system does not say.
         noise_scale: How much of the gradient was noise, in steps; None where that was not measured.
+        took: What the run took, and was forecast to take; None where that was not recorded.
     """
 
     setting: Setting
@@ -115,6 +117,7 @@ class Summary:
     phase_seconds: Mapping[str, float]
     peak_rss_bytes: int | None
     noise_scale: Interval | None = None
+    took: PastRun | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values; an unknown interval end is None."""
@@ -129,6 +132,7 @@ class Summary:
             "noise_scale": self.noise_scale.as_dict() | {"advice": advice(self.noise_scale)}
             if self.noise_scale
             else None,
+            "took": self.took.as_dict() if self.took else None,
         }
 
 

@@ -177,11 +177,13 @@ class ModelSize:
         trainable: Numbers that training changes.
         total: All numbers; a weight in 4 bits counts each of its codes.
         nbytes: Bytes all weights take in memory.
+        trainable_bytes: Of them, those that training changes.
     """
 
     trainable: int
     total: int
     nbytes: int
+    trainable_bytes: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSize:
@@ -192,4 +194,5 @@ class ModelSize:
             trainable=sum(p.numel() for p in dense if p.requires_grad),
             total=sum(p.numel() for p in dense) + sum(prod(w.shape) for w in quantised),
             nbytes=sum(p.nbytes for p in dense) + sum(w.nbytes for w in quantised),
+            trainable_bytes=sum(p.nbytes for p in dense if p.requires_grad),
         )
