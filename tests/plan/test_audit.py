@@ -260,6 +260,19 @@ def test_rankings_follow_their_printed_rules(shared: Shared) -> None:
     assert by_low_rank([a for a in audits if a.directions(90) is None]) == []
 
 
+def test_spectra_of_many_matrices_are_taken_of_some_evenly_spread(
+    shared: Shared, small: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.plan.audit.SPECTRA", 3)
+    found = audit_folder(open_model_folder(shared("models/stories260K-hf")))
+    count = len(found.matrices)
+    at = [i for i, m in enumerate(found.matrices) if m.spectrum is not None]
+    assert at == [0, (count - 1) // 2, count - 1]
+    assert [found.matrices[i] for i in at] == [small.matrices[i] for i in at]
+    assert f"Spectra were measured of 3 of {count} matrices, evenly spread." in found.expectations()
+    assert not any("evenly spread" in said for said in small.expectations())
+
+
 def test_the_most_sensitive_layers_are_named(small: Audit) -> None:
     worst = max(small.matrices, key=lambda m: m.error_mse or 0)
     assert small.sensitive()[0] is worst

@@ -10,8 +10,8 @@ from torch import Tensor
 from halfbyte.plan import spectra
 from halfbyte.plan.spectra import LEADING, Spectrum, spectrum
 
-# A sampled rank may be off by this share of all directions. Eight vectors estimate a density of n directions with a
-# standard error of about sqrt(2 / (8 n)), 1.4 % at 1,200; 48 steps resolve it to about 1 / 48 of the range of values.
+# A sampled rank may be off by this share of all directions. Vectors of 10,000 numbers in all estimate a density to a
+# standard error of sqrt(2 / 10,000), 1.4 %; 48 steps resolve it to about 1 / 48 of the range of values.
 SAMPLED_WITHIN = 0.02
 STABLE_WITHIN = 0.05
 N, K = 1200, 1600

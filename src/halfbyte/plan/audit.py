@@ -41,6 +41,8 @@ NOT_MEASURED = (
     "lost 35 times as much as the other at the same error, so that only an evaluation tells"
 )
 SENSITIVE = 3
+SPECTRA = 64
+"""Matrices of a model whose singular values are measured; of more, this many, evenly spread."""
 
 Progress = Callable[[int, int], None]
 
@@ -144,6 +146,11 @@ class Audit:
         sampled = sum(m.share < 1 for m in self.matrices)
         if sampled:
             said.append(f"Of {sampled} matrices the error was measured on {SAMPLE:,} weights each.")
+        measured = sum(m.spectrum is not None for m in self.matrices)
+        if 0 < measured < len(self.matrices):
+            said.append(
+                f"Spectra were measured of {measured} of {len(self.matrices)} matrices, evenly spread."
+            )
         methods = {m.spectrum.method for m in self.matrices if m.spectrum and m.spectrum.method != "exact"}
         said += [f"Spectra of large matrices are {method}." for method in sorted(methods)]
         return said
@@ -275,9 +282,10 @@ def audit_folder(
     """
     layers, in_4bit = _linear_layers(folder), quantised_names(folder.tensors)
     matrices, own = [], set()
+    measured = set(_spread(list(layers), SPECTRA) if spectra else ())
     for name, slot in layers.items():
         weight = _weight(folder, name, slot, in_4bit)
-        matrices.append(measure_matrix(name, weight, in_4bit=name in in_4bit, spectra=spectra))
+        matrices.append(measure_matrix(name, weight, in_4bit=name in in_4bit, spectra=name in measured))
         own |= {name, *entry_names(name, folder.tensors)}
         if progress is not None:
             progress(sum(folder.tensors[part].nbytes for part in own))
@@ -350,6 +358,13 @@ def _weight(folder: ModelFolder, name: str, slot: Slot, in_4bit: Iterable[str]) 
     weight = stored.read()
     refuse_not_finite(name, str(stored.file), weight)
     return weight.T.contiguous() if is_conv1d(slot.linear) else weight
+
+
+def _spread(names: list[str], most: int) -> list[str]:
+    """At most so many of some names, evenly spread, first and last among them."""
+    if len(names) <= most:
+        return names
+    return [names[i * (len(names) - 1) // (most - 1)] for i in range(most)]
 
 
 def _nbytes(folder: ModelFolder) -> int:
