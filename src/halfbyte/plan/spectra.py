@@ -86,7 +86,7 @@ def _sampled(wide: Tensor, probes: int, random: torch.Generator) -> tuple[Tensor
     basis = torch.randn(n, LEADING + 8, generator=random)
     for _ in range(4):
         basis = torch.linalg.qr(_gram_times(wide, basis)).Q
-    values, turned = torch.linalg.eigh((basis.T @ (_gram_times(wide, basis))).to(torch.float64))
+    values, turned = torch.linalg.eigh((basis.T @ _gram_times(wide, basis)).to(torch.float64))
     leading = values.flip(0)[:LEADING].clamp(min=0)
     known = (basis @ turned.flip(1)[:, :LEADING].to(torch.float32)).contiguous()
     nodes, weights = [], []
