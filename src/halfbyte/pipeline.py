@@ -27,7 +27,7 @@ from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.keep import KeepPlan
-from halfbyte.model.residency import described_residency
+from halfbyte.model.residency import described_residency, streamer_of
 from halfbyte.model.same_base import read_base
 from halfbyte.plan.history import PastRun
 from halfbyte.plan.ledger import PLAN, Planned
@@ -146,7 +146,7 @@ def _run(
 
     _draw(training.metrics, folder, watch)
     size = ModelSize.of(model)
-    recorder.parts |= {"base": size.nbytes - size.trainable_bytes, "adapters": size.trainable_bytes}
+    recorder.parts |= _parts(model, size)
     summary = Summary(
         setting=_setting(task, size),
         changes=compare(before, after, resamples=config.evaluate.bootstrap, seed=config.seed),
@@ -271,6 +271,12 @@ def _open_folder(
     if not (folder / PLAN).exists():
         folder.write_json(PLAN, Planned().as_dict())
     return folder, checkpoint
+
+
+def _parts(model: PreTrainedModel, size: ModelSize) -> dict[str, int]:
+    """Bytes of the parts of memory that can be counted; of a streamed base it depends on the moment."""
+    base = {} if streamer_of(model) else {"base": size.nbytes - size.trainable_bytes}
+    return {**base, "adapters": size.trainable_bytes}
 
 
 def _recorder(config: Config, folder: RunFolder, checkpoint: Checkpoint | None) -> Recorder:

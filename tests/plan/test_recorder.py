@@ -17,9 +17,13 @@ from tests.short_runs import Make, Shared, read_json, read_lines, settings_in
 
 from halfbyte import __version__
 from halfbyte.errors import TrainError
+from halfbyte.model import residency
+from halfbyte.model.loading import load
+from halfbyte.model.saving import save_quantized
 from halfbyte.pipeline import run
 from halfbyte.plan.ledger import Ledger, Planned, read_ledger, read_plan
 from halfbyte.plan.recorder import MemoryWatch, Recorder
+from halfbyte.quant.weight import QuantSpec
 from halfbyte.report.watch import Watch
 from halfbyte.settings import Config
 from halfbyte.train.display import Display, Silent
@@ -71,6 +75,16 @@ def test_the_parts_of_memory_are_the_weights_bytes(make: Make) -> None:
     took, setting = ledger_of(result.folder), result.summary.setting
     assert took.parts["adapters"] == 4 * setting.trainable_parameters
     assert took.parts["base"] + took.parts["adapters"] == setting.weight_bytes
+
+
+def test_a_streamed_base_is_not_counted_as_if_it_were_in_memory(
+    make: Make, shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "LEAST_BYTES", 64)
+    loaded = load(shared("models/stories260K-hf"), quantization=QuantSpec(), dtype=torch.float32)
+    save_quantized(loaded, tmp_path / "nf4")
+    config = make(f"model={tmp_path / 'nf4'}", "residency=streamed", "train.max_steps=1")
+    assert ledger_of(run(config, evaluate=False).folder).parts.keys() == {"adapters"}
 
 
 def test_the_peak_is_the_system_s_and_its_parts_are_what_was_held(tmp_path: Path) -> None:
