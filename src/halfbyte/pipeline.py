@@ -18,7 +18,8 @@ from halfbyte.config import load_config, refuse_other_settings
 from halfbyte.data.order import Usage
 from halfbyte.errors import ConfigError, EvaluateError, listed
 from halfbyte.evaluate.measure import Measurement
-from halfbyte.govern.manifest import Hardware, manifest, versions
+from halfbyte.govern.manifest import manifest
+from halfbyte.govern.recording import recorder_of
 from halfbyte.govern.run_folder import RunFolder, check_free
 from halfbyte.kernels import backends
 from halfbyte.model import blocks
@@ -27,10 +28,9 @@ from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.keep import KeepPlan
-from halfbyte.model.residency import described_residency, streamer_of
+from halfbyte.model.residency import described_residency
 from halfbyte.model.same_base import read_base
 from halfbyte.plan.history import PastRun
-from halfbyte.plan.ledger import PLAN, Planned
 from halfbyte.plan.recorder import Recorder
 from halfbyte.report.noise_scale import noise_scale
 from halfbyte.report.plots import loss_curve
@@ -48,6 +48,7 @@ from halfbyte.train.memory import activation_budget_bytes
 from halfbyte.train.methods import (
     ModelSize,
     autocast_dtype,
+    counted_parts,
     make_trainable,
     result_name,
     weights_name,
@@ -104,7 +105,7 @@ def run(
     autocast_dtype(config)
     check_installed(config.train.report_to)
     folder, checkpoint = _open_folder(config, overwrite, resume, watch)
-    with _recorder(config, folder, checkpoint) as recorder:
+    with recorder_of(folder, config, __version__, checkpoint.state.step if checkpoint else 0) as recorder:
         return _run(config, folder, checkpoint, recorder, evaluate=evaluate, watch=watch)
 
 
@@ -146,7 +147,7 @@ def _run(
 
     _draw(training.metrics, folder, watch)
     size = ModelSize.of(model)
-    recorder.parts |= _parts(model, size)
+    recorder.parts |= counted_parts(model)
     summary = Summary(
         setting=_setting(task, size),
         changes=compare(before, after, resamples=config.evaluate.bootstrap, seed=config.seed),
@@ -268,27 +269,7 @@ def _open_folder(
             watch.note(f"Going on after step {checkpoint.state.step:,} of {checkpoint.state.total_steps:,}.")
             folder.event("resume", checkpoint=checkpoint.folder.name, refused=refused)
     folder.write_text("config.yaml", config.to_yaml())
-    if not (folder / PLAN).exists():
-        folder.write_json(PLAN, Planned().as_dict())
     return folder, checkpoint
-
-
-def _parts(model: PreTrainedModel, size: ModelSize) -> dict[str, int]:
-    """Bytes of the parts of memory that can be counted; of a streamed base it depends on the moment."""
-    base = {} if streamer_of(model) else {"base": size.nbytes - size.trainable_bytes}
-    return {**base, "adapters": size.trainable_bytes}
-
-
-def _recorder(config: Config, folder: RunFolder, checkpoint: Checkpoint | None) -> Recorder:
-    """What watches the run and writes down what it took."""
-    return Recorder(
-        folder.path,
-        config,
-        machine=vars(Hardware.here()),
-        versions={"halfbyte": __version__, **versions()},
-        write=folder.write_json,
-        resumed_after=checkpoint.state.step if checkpoint else 0,
-    )
 
 
 def _check_template(task: Task[Any], folders: list[Path], watch: Watch) -> None:

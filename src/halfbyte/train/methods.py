@@ -196,3 +196,10 @@ class ModelSize:
             nbytes=sum(p.nbytes for p in dense) + sum(w.nbytes for w in quantised),
             trainable_bytes=sum(p.nbytes for p in dense if p.requires_grad),
         )
+
+
+def counted_parts(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of the weights by the names of `plan.terms.Memory`; a streamed base, which varies, is left out."""
+    size = ModelSize.of(model)
+    base = {} if streamer_of(model) else {"base": size.nbytes - size.trainable_bytes}
+    return {**base, "adapters": size.trainable_bytes}
