@@ -1,6 +1,6 @@
 """What watches a run, told on which machine and with which versions it runs.
 
-It owns what of the manifest goes into the ledger; it must not import torch and knows nothing of how runs are measured.
+It owns what of the manifest goes into the ledger; it must not import torch or know how a run is measured.
 """
 
 from __future__ import annotations
