@@ -13,6 +13,7 @@ from halfbyte.data.fingerprint import FILE, NO_FORMAT, Fingerprint
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError, ModelError
 from halfbyte.model.files import contained, read_json
+from halfbyte.model.quantised_file import KEY as WEIGHTS
 from halfbyte.model.same_base import KEY
 from halfbyte.model.saving import write_json
 
@@ -46,7 +47,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         facts = read_json(file)
     except ModelError as error:
         raise ModelError("HB327", error.what, where=str(file), fix=error.fix) from error
-    if facts.keys() == {KEY}:
+    if facts and facts.keys() <= {KEY, WEIGHTS}:
         return None
     found = Fingerprint.parse(facts)
     if found is None:

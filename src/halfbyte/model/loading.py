@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ from halfbyte.model.files import ModelFolder, open_model_folder
 from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.matching import Entry, match, named, refuse_mostly_unquantised, wrong_tensors
 from halfbyte.model.purpose import Head, begin, unread_modules
+from halfbyte.model.quantised_file import refuse_changed_file
 from halfbyte.model.residency import MappedWeights, Residency, stream
 from halfbyte.model.skeleton import Slot, build_skeleton
+from halfbyte.model.stored import StoredTensor
 from halfbyte.quant.formats import from_bitsandbytes
 from halfbyte.quant.weight import QuantSpec, Scales, Weight4bit
 
@@ -66,10 +69,12 @@ def load(
     Raises:
         ModelError: HB301 to HB315 for the folder, HB322 to HB325 for the adapter, HB350 for a model that is no
             encoder, HB351 for a head that neither folder nor adapter holds and that may not begin, HB368 to HB370
-            for one that cannot be mapped or streamed.
+            for one that cannot be mapped or streamed, HB358, HB359 and HB365 for a file in 4 bits that is not the one
+            its digests were taken of.
     """
+    refuse_changed_file(Path(path))
     folder = open_model_folder(path)
-    stored_in_4bit = _stored_in_4bit(folder)
+    stored_in_4bit = is_in_4bit(folder)
     model = build_skeleton(folder, dtype, head)
     entries, fresh = match(folder, model, head)
     if any(entry.is_4bit for entry in entries) != stored_in_4bit:
@@ -81,14 +86,14 @@ def load(
     weights = MappedWeights(residency) if residency is not None else None
     _fill(model, entries, None if stored_in_4bit else quantization, progress, weights)
     if stored_in_4bit:
-        _refuse_other_quantisation(folder, model, quantization)
+        refuse_other_quantisation(folder, model, quantization)
     begin(model, fresh, head.seed or 0 if head is not None else 0)
     _refuse_unfilled(folder, model)
     if weights is not None or any(isinstance(module, Linear4bit) for module in model.modules()):
         model.requires_grad_(False)
     if weights is not None and residency == "streamed":
         stream(model, weights)
-    _load_generation_config(folder, model)
+    load_generation_config(folder, model)
     if adapter is not None:
         load_adapter(model, Path(adapter))
     if head is not None and head.seed is None:
@@ -98,7 +103,8 @@ def load(
     return model
 
 
-def _load_generation_config(folder: ModelFolder, model: PreTrainedModel) -> None:
+def load_generation_config(folder: ModelFolder, model: PreTrainedModel) -> None:
+    """Give a model the settings its folder has for generating."""
     file = folder.path / "generation_config.json"
     if not file.is_file():
         return
@@ -108,7 +114,7 @@ def _load_generation_config(folder: ModelFolder, model: PreTrainedModel) -> None
         raise ModelError("HB301", str(fault), where=str(file), fix="correct or remove the file") from fault
 
 
-def _stored_in_4bit(folder: ModelFolder) -> bool:
+def is_in_4bit(folder: ModelFolder) -> bool:
     """Whether the weights are stored in bitsandbytes' 4-bit form; any other form but plain is refused."""
     stored = folder.config.get("quantization_config")
     if stored is None:
@@ -144,7 +150,8 @@ def _fill(
     filled: dict[tuple[str, ...], Tensor] = {}
     for entry in entries:
         if entry.is_4bit:
-            _place_4bit(model, entry.slot, _read_4bit(entry, mapped))
+            read_part = StoredTensor.read if mapped is None else partial(mapped.take, entry.slot.names)
+            place_4bit(model, entry.slot, read_4bit(entry, read_part))
         else:
             passes = passes_through(entry)
             tensor = (
@@ -156,7 +163,7 @@ def _fill(
             if quantization is not None and entry.slot.linear is not None:
                 place_quantised(model, entry.slot, tensor, quantization)
             elif entry.slot.names in filled:
-                _check_tied(entry, filled[entry.slot.names], tensor)
+                check_tied(entry, filled[entry.slot.names], tensor)
             else:
                 filled[entry.slot.names] = _place(model, entry.slot, tensor)
         if mapped is not None:
@@ -168,6 +175,13 @@ def _fill(
 
 def _check_values(entry: Entry, tensor: Tensor) -> None:
     """Refuse NaN and Inf, and numbers of another kind than the model computes with."""
+    refuse_other_kind(entry)
+    if tensor.is_floating_point() and tensor.numel():
+        refuse_not_finite(entry.only.name, str(entry.only.file), tensor)
+
+
+def refuse_other_kind(entry: Entry) -> None:
+    """Refuse a tensor that is stored in numbers of another kind than the model computes with: HB310."""
     stored = entry.only
     if stored.dtype.is_floating_point != entry.slot.dtype.is_floating_point:
         raise ModelError(
@@ -176,8 +190,6 @@ def _check_values(entry: Entry, tensor: Tensor) -> None:
             where=str(stored.file),
             fix="use the model's 16-bit folder; this one may be quantised by another tool",
         )
-    if tensor.is_floating_point() and tensor.numel():
-        refuse_not_finite(stored.name, str(stored.file), tensor)
 
 
 def refuse_not_finite(name: str, where: str, tensor: Tensor) -> None:
@@ -202,20 +214,27 @@ def place_quantised(model: PreTrainedModel, slot: Slot, tensor: Tensor, spec: Qu
         tensor: As it is stored: (N, K), or (K, N) for a `Conv1D`.
         spec: How it is quantised.
     """
+    place_4bit(model, slot, quantised(slot, tensor, spec), spec.scales)
+
+
+def quantised(slot: Slot, tensor: Tensor, spec: QuantSpec) -> Weight4bit:
+    """The weight of a linear layer in 4 bits: (N, K), whatever way round it is stored."""
     assert slot.linear is not None
     if is_conv1d(slot.linear):
         tensor = tensor.T.contiguous()  # (K, N) -> (N, K)
     weight = ops.quantize_4bit(tensor.float() if tensor.dtype == torch.float64 else tensor, spec)
-    _place_4bit(model, slot, replace(weight, dtype=slot.dtype), spec.scales)
+    return replace(weight, dtype=slot.dtype)
 
 
-def _read_4bit(entry: Entry, mapped: MappedWeights | None) -> Weight4bit:
-    """A weight that is stored in 4 bits, of the shape its layer has."""
+def read_4bit(entry: Entry, read_part: Callable[[StoredTensor], Tensor] = StoredTensor.read) -> Weight4bit:
+    """A weight that is stored in 4 bits, of the shape its layer has.
+
+    Args:
+        entry: The weight.
+        read_part: Reads one of its tensors; on the meta device it stays without values, which are not looked at.
+    """
     name, first = next(iter(entry.stored.items()))
-    read = {
-        part: tensor.read() if mapped is None else mapped.take(entry.slot.names, tensor)
-        for part, tensor in entry.stored.items()
-    }
+    read = {part: read_part(tensor) for part, tensor in entry.stored.items()}
     read[name] = read[name].reshape(-1).view(torch.uint8)  # codes may be stored in wider elements
     try:
         weight = from_bitsandbytes(name, read)
@@ -230,12 +249,12 @@ def _read_4bit(entry: Entry, mapped: MappedWeights | None) -> Weight4bit:
             "HB314", what, where=str(first.file), fix="quantise the model again from its 16-bit folder"
         )
     for part in weight.tensors().values():
-        if part.is_floating_point():
+        if part.is_floating_point() and not part.is_meta:
             refuse_not_finite(name, str(first.file), part)
     return weight
 
 
-def _place_4bit(model: PreTrainedModel, slot: Slot, weight: Weight4bit, scales: Scales = "absmax") -> None:
+def place_4bit(model: PreTrainedModel, slot: Slot, weight: Weight4bit, scales: Scales = "absmax") -> None:
     """Put a 4-bit layer where a dense one is; its bias may have come already or may still come."""
     name = slot.names[0].removesuffix(".weight")
     dense = model.get_submodule(name)
@@ -254,7 +273,7 @@ def _place(model: PreTrainedModel, slot: Slot, tensor: Tensor) -> Tensor:
     return value
 
 
-def _check_tied(entry: Entry, held: Tensor, tensor: Tensor) -> None:
+def check_tied(entry: Entry, held: Tensor, tensor: Tensor) -> None:
     """A tied weight may be stored under several names, if it is the same each time."""
     if not torch.equal(held, tensor.to(held.dtype)):
         raise ModelError(
@@ -265,7 +284,7 @@ def _check_tied(entry: Entry, held: Tensor, tensor: Tensor) -> None:
         )
 
 
-def _refuse_other_quantisation(folder: ModelFolder, model: PreTrainedModel, asked: QuantSpec | None) -> None:
+def refuse_other_quantisation(folder: ModelFolder, model: PreTrainedModel, asked: QuantSpec | None) -> None:
     """Refuse a stored quantisation other than the one asked for; how scales were found, no file tells."""
     for name, module in model.named_modules():
         if asked is None or not isinstance(module, Linear4bit):

@@ -1,6 +1,6 @@
 """Folders that are written whole or not at all, and the 4-bit model folder that bitsandbytes reads.
 
-It owns how models get to disk; it must not know how they are loaded or trained.
+It owns how models get to disk, and what of them lies where; it must not know how they are loaded or trained.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.data.fingerprint import FILE as FINGERPRINT
@@ -25,9 +24,13 @@ from halfbyte.errors import ModelError
 from halfbyte.model.files import CONFIG, WEIGHTS, contained, read_json
 from halfbyte.model.linear4bit import Linear4bit, is_linear
 from halfbyte.model.lora import adapted_modules
-from halfbyte.model.same_base import KEY, base_digest
+from halfbyte.model.quantised_file import EMBED, HEAD, REST, Digests, lay_out
+from halfbyte.model.quantised_writer import FileWriter
+from halfbyte.model.same_base import KEY as BASE
+from halfbyte.model.same_base import base_digest
 from halfbyte.quant.formats import to_bitsandbytes
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,12 +64,36 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         ModelError: HB316 when `target` is not such a folder, or the disk refuses.
     """
     target = Path(os.path.abspath(target))
-    token = secrets.token_hex(4)
-    work, aside = (target.parent / f".{target.name}.{token}.{end}" for end in ("new", "old"))
+    work = target.parent / f".{target.name}.{secrets.token_hex(4)}.new"
     try:
         work.mkdir(parents=True)
         yield work
-        _refuse_foreign_files(target, {file.name for file in work.iterdir()})
+        put_in_place(work, target)
+    except (OSError, SafetensorError) as fault:
+        raise ModelError(
+            "HB316",
+            str(fault),
+            where=str(target),
+            fix="choose a folder that can be written, on a disk with space",
+        ) from fault
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(work: Path, target: Path) -> None:
+    """Make a finished folder the target, with all its bytes on the disk before.
+
+    Args:
+        work: The folder, beside the target.
+        target: Absent, or a folder of which every file is written anew.
+
+    Raises:
+        ModelError: HB316 when `target` is not such a folder.
+        OSError: The disk refuses; the target is as it was.
+    """
+    refuse_foreign_files(target, {file.name for file in work.iterdir()})
+    aside = target.parent / f".{target.name}.{secrets.token_hex(4)}.old"
+    try:
         for file in work.iterdir():
             file.chmod(work.stat().st_mode & 0o666)  # safetensors would keep its files from everybody else
             _to_disk(file)
@@ -79,26 +106,19 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
                 aside.rename(target)
             raise
         _to_disk(target.parent)
-    except (OSError, SafetensorError) as fault:
-        raise ModelError(
-            "HB316",
-            str(fault),
-            where=str(target),
-            fix="choose a folder that can be written, on a disk with space",
-        ) from fault
     finally:
-        shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_remains(parent: Path) -> None:
+def remove_remains(parent: Path, name: str | None = None) -> None:
     """Remove what a process killed within `whole_folder` left, and put back a folder it was just replacing.
 
     Args:
         parent: Folder in which such folders were written; may be absent.
+        name: Of the one folder that is meant; None for all.
     """
     for remains in parent.iterdir() if parent.is_dir() else ():
-        if match := _REMAINS.fullmatch(remains.name):
+        if (match := _REMAINS.fullmatch(remains.name)) and name in (None, match["name"]):
             target = parent / match["name"]
             if match["end"] == "old" and not target.exists():
                 remains.rename(target)
@@ -106,7 +126,12 @@ def remove_remains(parent: Path) -> None:
                 shutil.rmtree(remains)
 
 
-def _refuse_foreign_files(target: Path, written: set[str]) -> None:
+def refuse_foreign_files(target: Path, written: set[str]) -> None:
+    """Refuse a target that holds anything but the files that are written.
+
+    Raises:
+        ModelError: HB316.
+    """
     if not target.exists():
         return
     foreign = (
@@ -158,17 +183,36 @@ def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
             where=type(model).__name__,
             fix="save the adapter with save_adapter, and the base from a model loaded without it",
         )
+    stored_quantisation(model)
+    tensors = entries(model)
+    layout = lay_out(tensors, units_of(model, tensors))
+    with whole_folder(folder) as work:
+        with FileWriter(work / WEIGHTS, layout) as writer:
+            for name in layout.tensors:
+                writer.put(name, tensors[name])
+            digests = writer.finish()
+        write_beside(model, work, digests)
+
+
+def write_beside(model: PreTrainedModel, work: Path, digests: Digests) -> None:
+    """Write all that a folder in 4 bits holds beside its weights.
+
+    Args:
+        model: The model, with or without values.
+        work: The folder.
+        digests: Of the weights' file.
+    """
     config = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
     config["quantization_config"] = stored_quantisation(model)
-    with whole_folder(folder) as work:
-        write_json(work / CONFIG, config)
-        if model.generation_config is not None:
-            write_json(work / "generation_config.json", json.loads(model.generation_config.to_json_string()))
-        source = Path(model.name_or_path or "")
-        _copy_tokenizer(source, work)
-        _write_origin(source, base_digest(model), work)
-        save_file(entries(model), work / WEIGHTS, metadata={"format": "pt"})
+    write_json(work / CONFIG, config)
+    if model.generation_config is not None:
+        write_json(work / GENERATION, json.loads(model.generation_config.to_json_string()))
+    source = Path(model.name_or_path or "")
+    _copy_tokenizer(source, work)
+    known = read_json(contained(source, FINGERPRINT)) if (source / FINGERPRINT).is_file() else {}
+    base = base_digest(model)
+    write_json(work / FINGERPRINT, known | ({} if base is None else {BASE: base}) | digests.as_dict())
 
 
 def stored_quantisation(model: PreTrainedModel) -> dict[str, Any]:
@@ -221,10 +265,39 @@ def entries(model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
-def _write_origin(source: Path, digest: str | None, target: Path) -> None:
-    known = read_json(contained(source, FINGERPRINT)) if (source / FINGERPRINT).is_file() else {}
-    if facts := known | ({} if digest is None else {KEY: digest}):
-        write_json(target / FINGERPRINT, facts)
+def units_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """In which unit of the file each entry lies: all that is small in the `rest`, a layer's matrices in the layer's.
+
+    Args:
+        model: The model, with or without values.
+        names: Of its `entries`, in their order.
+    """
+    modules = dict(model.named_modules())
+    head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    found = {}
+    for name in names:
+        owner, _, attribute = name.removesuffix(".absmax").rpartition(".")  # scales lie with their codes
+        module = modules.get(owner)
+        tensor = getattr(module, attribute, None)
+        is_matrix = isinstance(tensor, Tensor) and tensor.dim() >= 2 and tensor.numel() > 0
+        if isinstance(module, nn.Embedding):
+            found[name] = EMBED
+        elif module is head and is_matrix:
+            found[name] = HEAD
+        elif is_matrix:
+            found[name] = _layer_of(name, modules)
+        else:
+            found[name] = REST
+    return found
+
+
+def _layer_of(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The layer a name lies in, or the `rest`: the first item of a list of modules on the way to it."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        if isinstance(modules.get(".".join(parts[:depth])), nn.ModuleList):
+            return ".".join(parts[: depth + 1])
+    return REST
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,6 +84,17 @@ class StoredTensor:
                     _damaged(self.file, f"tensor {self.name} ends after {done} of {self.nbytes} bytes")
                 done += got
         return raw.view(self.dtype).view(self.shape)
+
+    def piece(self, first: int, count: int) -> StoredTensor:
+        """So many of its elements from `first` on, as (count,)."""
+        each = self.dtype.itemsize
+        return replace(self, shape=(count,), start=self.start + first * each, nbytes=count * each)
+
+    def drop_from_cache(self) -> None:
+        """Tell the system that its bytes in the file will not be read again soon; their memory is free for others."""
+        if hasattr(os, "posix_fadvise"):
+            with open(self.file, "rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), self.start, self.nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

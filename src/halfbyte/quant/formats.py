@@ -17,6 +17,8 @@ from halfbyte.quant.codebook import FORMATS
 from halfbyte.quant.weight import NESTED_BLOCKSIZE, Weight4bit
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
+STATE_ALIGNMENT = 64
+_LONGEST_FLOAT = 24  # as JSON: sign, 17 digits, point, exponent of three digits with its sign
 REWRITE = "write the file again with the tool that made it"
 
 
@@ -53,7 +55,8 @@ def to_bitsandbytes(name: str, weight: Weight4bit) -> dict[str, Tensor]:
         weight: The quantised weight.
 
     Returns:
-        Entry name → tensor: codes as (bytes, 1), scales, codebooks, and the state as JSON in uint8.
+        Entry name → tensor: codes as (bytes, 1), scales, codebooks, and the state as JSON in uint8, whose
+            length is the same for all weights of a shape.
     """
     state: dict[str, Any] = {
         "quant_type": weight.format,
@@ -74,9 +77,15 @@ def to_bitsandbytes(name: str, weight: Weight4bit) -> dict[str, Tensor]:
         }
         entries[f"{name}.nested_absmax"] = weight.nested_scales
         entries[f"{name}.nested_quant_map"] = weight.nested_codebook
-    packed = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    packed = torch.frombuffer(bytearray(_pack(state)), dtype=torch.uint8)
     entries[f"{name}.{STATE_PREFIX}{weight.format}"] = packed
     return entries
+
+
+def _pack(state: dict[str, Any]) -> bytes:
+    """The state as JSON, followed by blanks, so that its length depends on no number but the shape."""
+    length = len(json.dumps(state | {"nested_offset": ""})) + _LONGEST_FLOAT
+    return json.dumps(state).ljust(-(-length // STATE_ALIGNMENT) * STATE_ALIGNMENT).encode()
 
 
 def from_bitsandbytes(name: str, entries: Mapping[str, Tensor]) -> Weight4bit:

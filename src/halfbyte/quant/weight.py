@@ -6,7 +6,7 @@ It owns the parts and their consistency; it must not know how they are computed 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
@@ -114,6 +114,28 @@ class Weight4bit:
             raise KernelError(
                 "HB405", f"for shape {self.shape}: " + "; ".join(faults), fix="quantise it again"
             )
+
+    @classmethod
+    def blank(cls, shape: tuple[int, int], dtype: torch.dtype, spec: QuantSpec) -> Self:
+        """A weight of this shape and kind whose tensors take no memory: they say how many bytes it will have."""
+        groups = -(-shape[0] * shape[1] // spec.blocksize)
+        nested = {
+            "nested_scales": torch.empty(-(-groups // NESTED_BLOCKSIZE), device="meta"),
+            "nested_codebook": torch.empty(256, device="meta"),
+            "offset": torch.zeros(()),
+        }
+        return cls(
+            codes=torch.empty((shape[0] * shape[1] + 1) // 2, dtype=torch.uint8, device="meta"),
+            scales=torch.empty(
+                groups, dtype=torch.uint8 if spec.double_quant else torch.float32, device="meta"
+            ),
+            codebook=torch.empty(16, device="meta"),
+            shape=shape,
+            dtype=dtype,
+            format=spec.format,
+            blocksize=spec.blocksize,
+            **(nested if spec.double_quant else {}),
+        )
 
     @property
     def double_quantised(self) -> bool:
