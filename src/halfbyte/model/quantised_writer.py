@@ -38,7 +38,7 @@ class FileWriter:
     """
 
     def __init__(self, file: Path, layout: Layout, finished: Mapping[str, str] | None = None) -> None:
-        self._file, self._layout = file, layout
+        self.file, self._layout = file, layout
         self.sha256: dict[str, str] = dict(finished or {})
         file.touch()
         self._plain = io.FileIO(file, "r+")
@@ -107,9 +107,9 @@ class FileWriter:
         self._plain.truncate(self._layout.file_bytes)
         self.sync()
         units = self._layout.units
-        self.sha256[REST] = digest_of(self._file, units[REST])
+        self.sha256[REST] = digest_of(self.file, units[REST])
         found = {name: (extent, self.sha256[name]) for name, extent in units.items()}
-        return Digests(self._file, self._layout.file_bytes, self._layout.header_sha256, found)
+        return Digests(self.file, self._layout.file_bytes, self._layout.header_sha256, found)
 
     def __enter__(self) -> Self:
         return self

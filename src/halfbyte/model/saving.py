@@ -191,16 +191,16 @@ def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
             for name in layout.tensors:
                 writer.put(name, tensors[name])
             digests = writer.finish()
-        write_beside(model, work, digests)
+        write_settings(model, work)
+        write_origin(model, work, digests)
 
 
-def write_beside(model: PreTrainedModel, work: Path, digests: Digests) -> None:
-    """Write all that a folder in 4 bits holds beside its weights.
+def write_settings(model: PreTrainedModel, work: Path) -> None:
+    """Write what a folder in 4 bits says of the model: settings, and the tokenizer of the folder it came from.
 
     Args:
         model: The model, with or without values.
         work: The folder.
-        digests: Of the weights' file.
     """
     config = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
@@ -208,8 +208,18 @@ def write_beside(model: PreTrainedModel, work: Path, digests: Digests) -> None:
     write_json(work / CONFIG, config)
     if model.generation_config is not None:
         write_json(work / GENERATION, json.loads(model.generation_config.to_json_string()))
+    _copy_tokenizer(Path(model.name_or_path or ""), work)
+
+
+def write_origin(model: PreTrainedModel, work: Path, digests: Digests) -> None:
+    """Write of which weights a folder in 4 bits was made, with which words, and what its own weights are.
+
+    Args:
+        model: The model, with or without values.
+        work: The folder.
+        digests: Of its weights.
+    """
     source = Path(model.name_or_path or "")
-    _copy_tokenizer(source, work)
     known = read_json(contained(source, FINGERPRINT)) if (source / FINGERPRINT).is_file() else {}
     base = base_digest(model)
     write_json(work / FINGERPRINT, known | ({} if base is None else {BASE: base}) | digests.as_dict())
