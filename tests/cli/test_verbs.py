@@ -74,6 +74,65 @@ def test_quantize_never_replaces_files_of_something_else(call: Call, model: Path
     assert (tmp_path / "notes.txt").exists()
 
 
+def test_quantize_says_what_it_would_write_and_writes_nothing(
+    call: Call, model: Path, tmp_path: Path
+) -> None:
+    facts = json.loads(call("quantize", model, tmp_path / "small", "--dry-run", "--json").stdout)
+    assert not list(tmp_path.iterdir())
+    written = json.loads(call("quantize", model, tmp_path / "small", "--json").stdout)
+    same = ("bytes_before", "bytes_after", "parameters", "format", "scales", "output")
+    assert {key: facts[key] for key in same} == {key: written[key] for key in same}
+    assert facts["bytes_after"] == (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert facts["bytes_needed"] == facts["bytes_after"]
+    assert facts["bytes_free"] > 0
+    assert "of disk are needed" in call("quantize", model, tmp_path / "other", "--dry-run").stdout
+
+
+def test_quantize_verifies_every_byte(call: Call, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    call("quantize", model, out)
+    assert "all as they were written" in call("quantize", out, "--verify").stdout
+    assert json.loads(call("quantize", out, "--verify", "--json").stdout)["ok"] is True
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    refused = call("quantize", out, "--verify")
+    assert refused.exit_code == 2
+    assert "HB359" in refused.stderr
+    assert "HB366" in call("quantize", model, "--verify").stderr
+
+
+def test_quantize_wants_a_folder_to_write_or_one_to_verify(call: Call, model: Path, tmp_path: Path) -> None:
+    for arguments, named in (
+        ((model,), "OUT"),
+        ((model, tmp_path / "a", "--verify"), "--verify"),
+        ((model, "--verify", "--dry-run"), "--verify"),
+    ):
+        refused = call("quantize", *arguments)
+        assert refused.exit_code == 2
+        assert named in refused.stderr
+
+
+def test_quantize_interrupted_says_that_the_same_command_goes_on(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte.report.watch import Part
+
+    def interrupt(self: Part, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "progress", interrupt)
+        stopped = call("quantize", model, tmp_path / "small")
+    assert stopped.exit_code == 130
+    assert f"{tmp_path / 'small'}.partial; the same command goes on" in stopped.stderr
+    assert not (tmp_path / "small").exists()
+    assert "were finished before" in call("quantize", model, tmp_path / "small").stderr
+    assert (tmp_path / "small").exists()
+    assert not (tmp_path / "small.partial").exists()
+
+
 def test_data_check_counts_and_names_bad_lines(call: Call, rows: Path) -> None:
     assert json.loads(call("data", "check", rows, "--json").stdout)["rows"] == 16
     assert "16" in call("data", "check", rows).stdout

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from halfbyte.kernels import ops
 from halfbyte.model.linear4bit import Linear4bit
 from halfbyte.model.loading import load
+from halfbyte.model.quantising import prepare, quantise_folder
 from halfbyte.model.saving import save_quantized
 from halfbyte.quant.weight import QuantSpec
 
@@ -90,6 +91,25 @@ def test_they_load_our_folder_and_answer_the_same(
     ours = load(shared(name), quantization=spec, dtype=torch.float32)
     save_quantized(ours, tmp_path / "saved")
     assert_the_same_model(ours, theirs(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", REAL_MODELS)
+def test_they_load_the_folder_we_quantised_without_having_the_model(
+    shared: Shared, tmp_path: Path, name: str, spec: QuantSpec
+) -> None:
+    quantise_folder(prepare(shared(name), spec), tmp_path / "written")
+    ours, their = (
+        load(tmp_path / "written", quantization=None, dtype=torch.float32),
+        theirs(tmp_path / "written"),
+    )
+    mine, yours = dense_weights(ours), dense_weights(their)  # what was in bfloat16 they multiply so
+    assert mine.keys() == yours.keys()
+    assert all(torch.equal(weight, yours[key]) for key, weight in mine.items())
+    other = dict(their.named_parameters())
+    kept = [(key, value) for key, value in ours.named_parameters() if key.rpartition(".")[0] not in mine]
+    assert kept
+    assert all(torch.equal(value, other[key].float()) for key, value in kept)
 
 
 def test_they_load_our_folder_of_another_blocksize(shared: Shared, tmp_path: Path) -> None:

@@ -219,9 +219,9 @@ def read_digests(folder: Path) -> Digests | None:
     if facts is None:
         return None
     try:
+        stored = sorted(facts["units"].items(), key=lambda named: int(named[1]["begin"]))
         units = {
-            name: (Extent(int(unit["begin"]), int(unit["end"])), str(unit["sha256"]))
-            for name, unit in facts["units"].items()
+            name: (Extent(int(unit["begin"]), int(unit["end"])), str(unit["sha256"])) for name, unit in stored
         }
         found = Digests(
             contained(folder, WEIGHTS), int(facts["file_bytes"]), str(facts["header_sha256"]), units

@@ -5,6 +5,7 @@ It owns how the bytes get to disk; it must not know what they mean, or how they 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import mmap
@@ -87,7 +88,7 @@ class FileWriter:
         """Write what is staged, in whole pages; the last one is written again when there is more for it."""
         whole, begun = self._filled - self._filled % PAGE, self._filled % PAGE
         length = whole + (PAGE if begun else 0)
-        _write(self._direct or self._plain, self._base, self._stage[:length])
+        _write(self._plain, self._base, self._stage[:length], self._direct)
         if self._direct is None:
             self._unsynced += length
             if self._unsynced >= SYNC_BYTES:
@@ -132,7 +133,17 @@ def _open_direct(file: Path) -> io.FileIO | None:
         return None
 
 
-def _write(stream: io.FileIO, position: int, data: memoryview) -> None:
-    stream.seek(position)
+def _write(plain: io.FileIO, position: int, data: memoryview, direct: io.FileIO | None = None) -> None:
+    """Write all of it; what cannot go past the system's cache, at the end of a full disk for one, goes through it."""
+    if direct is not None:
+        direct.seek(position)
+        try:
+            done = direct.write(data)
+        except OSError as fault:
+            if fault.errno != errno.EINVAL:
+                raise
+            done = 0
+        position, data = position + done, data[done:]
+    plain.seek(position)
     while data:
-        data = data[stream.write(data) :]
+        data = data[plain.write(data) :]

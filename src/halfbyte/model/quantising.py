@@ -66,7 +66,7 @@ from halfbyte.quant.formats import entry_names, to_bitsandbytes
 from halfbyte.quant.weight import QuantSpec, Weight4bit
 
 JOURNAL = "quantize.journal"
-PIECE_BYTES = 1 << 26
+PIECE_BYTES = 1 << 24
 SYNC_BYTES = 1 << 28
 """So much is written before the disk is waited for."""
 
@@ -266,9 +266,8 @@ def quantise_folder(
             (partial / WEIGHTS).touch()
             finished = _finished(partial / WEIGHTS, work.layout, journal)
             if finished and say is not None:
-                say(
-                    f"{len(finished)} of {len(work.layout.units) - 1} parts were finished before, and are as they were"
-                )
+                parts = f"{len(finished)} of {len(work.layout.units) - 1} parts"
+                say(f"{parts} were finished before, and are as they were")
             with FileWriter(partial / WEIGHTS, work.layout, finished) as writer:
                 _stream(work, writer, journal, progress)
                 digests = writer.finish()
@@ -329,7 +328,7 @@ def _refuse_other_source(work: Quantisation, before: Mapping[str, Any]) -> None:
 def _disk_failed(work: Quantisation, partial: Path, fault: OSError) -> ModelError:
     return ModelError(
         "HB363",
-        f"{fault.strerror or fault}",
+        f"the system says: {fault.strerror or fault}",
         where=str(fault.filename or partial),
         fix=f"make room for the file's {work.layout.file_bytes:,} bytes, and give the same command again: what is "
         f"finished stays in {partial}",
