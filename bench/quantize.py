@@ -1,12 +1,14 @@
-"""How fast weights and folders are quantised, beside bitsandbytes and the disk, and how much error the scale search saves.
+"""How fast weights and folders are quantised, beside bitsandbytes and the disk, and what the scale search saves.
 
 It owns the settings measured; it must not know how anything is quantised.
 
     python bench/quantize.py [--quick]
 
 Speed: one bfloat16 matrix of normal numbers, double quantization and packing included, both sides in turn on all
-threads. Folder: `halfbyte quantize` of a sharded bfloat16 Llama that is in no cache, against reading the same files and
-writing as many bytes as come of it, one after the other, as fast as the disk does. Error: the sum of squared differences over every projection matrix of real models, the same bytes for both.
+threads. Folder: `halfbyte quantize` of a sharded bfloat16 Llama that is in no cache, against reading the same files
+and writing as many bytes as come of it, one after the other, as fast as the disk does; HALFBYTE_BENCH_DISK names a
+folder on the disk to measure. Error: the sum of squared differences over every projection matrix of real models,
+the same bytes for both.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import halfbyte  # isort: skip  # noqa: F401, before torch: threads that wait for each other soon sleep
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -114,13 +117,8 @@ def write_llama(target: Path, config: LlamaConfig) -> None:
     layer = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes.items()}
     layer |= {name: torch.ones(D).bfloat16() for name in ("input_layernorm", "post_attention_layernorm")}
     embedding = torch.randn(V, D).bfloat16()
-    shards = [
-        {
-            "model.embed_tokens.weight": embedding,
-            "lm_head.weight": embedding.clone(),
-            "model.norm.weight": layer["input_layernorm"].clone(),
-        }
-    ]
+    outside = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    shards = [{**outside, "model.norm.weight": layer["input_layernorm"].clone()}]
     for first in range(0, config.num_hidden_layers, 8):
         numbers = range(first, min(first + 8, config.num_hidden_layers))
         shards.append(

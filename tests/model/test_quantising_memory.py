@@ -19,7 +19,7 @@ from halfbyte.kernels import native
 MEASURE = Path(__file__).with_name("measure_quantising.py")
 
 # Beyond what is read: what the largest weight becomes, once being written and once being made (of 16 bits 4 and a
-# scale of 8 per 64); its scales in float32 while they are stored in 8 bits, six times; the stage, the model's modules.
+# scale of 8 per 64); its scales in float32 while they are stored in 8 bits, six times; the stage, all modules.
 BECOMES = 2 * (0.25 + 1 / 128)
 SCALES = 6 / 32
 BESIDE_BYTES = 24e6

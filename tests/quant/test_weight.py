@@ -9,7 +9,8 @@ import torch
 
 from halfbyte.errors import KernelError
 from halfbyte.kernels import ops
-from halfbyte.quant.weight import QuantSpec, StoredScales, decode_scales, nest_scales
+from halfbyte.quant.codebook import dynamic_map
+from halfbyte.quant.weight import QuantSpec, StoredScales, decode_scales, nearest_codes, nest_scales
 
 # A nested scale is off by at most half the widest gap of the dynamic map (0.0139 next to ±1) of its block's maximum.
 NESTED_ERROR = 0.5 * 0.0142
@@ -57,3 +58,15 @@ def test_a_wrong_specification_is_refused_with_the_choices():
         QuantSpec(format="nf3")  # type: ignore[arg-type]
     with pytest.raises(KernelError, match=r"(?s)scales is 'best'.*blocksize is 7"):
         QuantSpec(scales="best", blocksize=7)  # type: ignore[arg-type]
+
+
+def test_a_looked_up_code_is_the_one_that_a_search_finds():
+    values = torch.from_numpy(dynamic_map().copy())
+    edges = (values[1:] + values[:-1]) / 2
+    around = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-2.0, 2.0)]
+    every_upper_half = (torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32)
+    random = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    small = random[: 1 << 18] * torch.logspace(-12, 0, 1 << 18)
+    for numbers in (edges, *around, values, every_upper_half, random, small):
+        finite = numbers[torch.isfinite(numbers)]
+        assert torch.equal(nearest_codes(finite).int(), torch.bucketize(finite, edges, out_int32=True))

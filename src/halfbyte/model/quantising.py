@@ -132,14 +132,19 @@ class Quantisation:
     @property
     def identity(self) -> dict[str, Any]:
         """What an interrupted quantisation must have been of, to go on with it."""
-        files = {tensor.file for tensor in self.folder.tensors.values()}
         return {
             "version": __version__,
             "source": base_digest(self.model),
-            "files": {file.name: _stamp(file) for file in sorted(files)},
+            "files": self.stamps,
             "settings": None if self.spec is None else asdict(self.spec),
             "header": self.layout.header_sha256,
         }
+
+    @property
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and time of each file of the source."""
+        files = {tensor.file: tensor.file.stat() for tensor in self.folder.tensors.values()}
+        return {file.name: [facts.st_size, facts.st_mtime_ns] for file, facts in sorted(files.items())}
 
     def partial(self, target: Path) -> Path:
         """The folder that holds the work while it goes on, beside the target."""
@@ -151,11 +156,6 @@ class Quantisation:
         there = getattr(file.stat(), "st_blocks", 0) * 512 if file.is_file() else 0
         parent = next(folder for folder in (target, *target.parents) if folder.is_dir())
         return max(self.layout.file_bytes - there, 0), shutil.disk_usage(parent).free
-
-
-def _stamp(file: Path) -> list[int]:
-    facts = file.stat()
-    return [facts.st_size, facts.st_mtime_ns]
 
 
 def prepare(source: str | Path, spec: QuantSpec) -> Quantisation:
@@ -271,8 +271,8 @@ def quantise_folder(
             with FileWriter(partial / WEIGHTS, work.layout, finished) as writer:
                 _stream(work, writer, journal, progress)
                 digests = writer.finish()
-            _refuse_other_source(work, identity)
-            write_origin(work.model, partial, digests)
+            _refuse_other_source(work, identity["files"])
+            write_origin(work.model, partial, identity["source"], digests)
         put_in_place(partial, target)
         (target / JOURNAL).unlink()
     except OSError as fault:
@@ -313,13 +313,12 @@ def _refuse_small_disk(work: Quantisation, target: Path) -> None:
         )
 
 
-def _refuse_other_source(work: Quantisation, before: Mapping[str, Any]) -> None:
-    now = work.identity
-    if now != before:
-        changed = ", ".join(key for key in now if now[key] != before[key])
+def _refuse_other_source(work: Quantisation, before: Mapping[str, list[int]]) -> None:
+    now = work.stamps
+    if changed := [name for name in before if now[name] != before[name]]:
         raise ModelError(
             "HB367",
-            f"its {changed} changed while it was read",
+            f"{', '.join(changed)} changed in size or time while it was read",
             where=str(work.folder.path),
             fix="leave the model's files alone, and give the same command again",
         )

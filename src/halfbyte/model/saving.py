@@ -192,7 +192,7 @@ def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
                 writer.put(name, tensors[name])
             digests = writer.finish()
         write_settings(model, work)
-        write_origin(model, work, digests)
+        write_origin(model, work, base_digest(model), digests)
 
 
 def write_settings(model: PreTrainedModel, work: Path) -> None:
@@ -211,17 +211,17 @@ def write_settings(model: PreTrainedModel, work: Path) -> None:
     _copy_tokenizer(Path(model.name_or_path or ""), work)
 
 
-def write_origin(model: PreTrainedModel, work: Path, digests: Digests) -> None:
+def write_origin(model: PreTrainedModel, work: Path, base: str | None, digests: Digests) -> None:
     """Write of which weights a folder in 4 bits was made, with which words, and what its own weights are.
 
     Args:
         model: The model, with or without values.
         work: The folder.
-        digests: Of its weights.
+        base: Digest of the weights it was made of, where they are known.
+        digests: Of its own weights.
     """
     source = Path(model.name_or_path or "")
     known = read_json(contained(source, FINGERPRINT)) if (source / FINGERPRINT).is_file() else {}
-    base = base_digest(model)
     write_json(work / FINGERPRINT, known | ({} if base is None else {BASE: base}) | digests.as_dict())
 
 

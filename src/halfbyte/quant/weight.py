@@ -6,6 +6,7 @@ It owns the parts and their consistency; it must not know how they are computed 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Literal, NamedTuple, Self, get_args
 
 import torch
@@ -202,9 +203,36 @@ def nest_scales(scales: Tensor) -> StoredScales:
     blocks = centred.reshape(-1, NESTED_BLOCKSIZE)
     largest = blocks.abs().amax(dim=1)
     normalised = blocks / largest.where(largest > 0, torch.ones_like(largest))[:, None]
+    codes = nearest_codes(normalised.reshape(-1)[: scales.numel()])
+    return StoredScales(codes, largest, torch.from_numpy(dynamic_map().copy()), offset)
+
+
+def nearest_codes(normalised: Tensor) -> Tensor:
+    """The places of the nearest values of the dynamic map: where two are as near, the lower one.
+
+    A number's upper 16 bits leave at most one edge between two values to compare it with: they are looked up, which
+    is several times as fast as a search.
+
+    Args:
+        normalised: (G,) float32, contiguous, without NaN.
+
+    Returns:
+        (G,) uint8.
+    """
+    first, edges = _steps()
+    codes = first[(normalised.view(torch.int32) >> 16) & 0xFFFF]
+    return (codes + (normalised > edges[codes])).to(torch.uint8)
+
+
+@cache
+def _steps() -> tuple[Tensor, Tensor]:
+    """How many edges lie below all floats with these upper 16 bits, (65536,) int32; and the edges, then infinity."""
     values = torch.from_numpy(dynamic_map().copy())
-    codes = torch.bucketize(normalised.reshape(-1), (values[1:] + values[:-1]) / 2, out_int32=True)
-    return StoredScales(codes[: scales.numel()].to(torch.uint8), largest, values, offset)
+    edges = (values[1:] + values[:-1]) / 2
+    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
+    lowest = torch.minimum(upper.view(torch.float32), (upper | 0xFFFF).view(torch.float32))
+    first = torch.bucketize(lowest.nan_to_num(), edges, out_int32=True)
+    return first, torch.cat([edges, torch.tensor([torch.inf])])
 
 
 def decode_scales(stored: StoredScales | WeightParts) -> Tensor:
