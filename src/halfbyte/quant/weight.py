@@ -220,8 +220,10 @@ def nearest_codes(normalised: Tensor) -> Tensor:
         (G,) uint8.
     """
     first, edges = _steps()
-    codes = first[(normalised.view(torch.int32) >> 16) & 0xFFFF]
-    return (codes + (normalised > edges[codes])).to(torch.uint8)
+    upper = (normalised.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    below = torch.index_select(first, 0, upper)
+    edge = torch.index_select(edges, 0, below)
+    return below.add_(normalised > edge).to(torch.uint8)
 
 
 @cache
