@@ -2,6 +2,7 @@
 // numbers at a time; what is missing here is portable's.
 #include <immintrin.h>
 
+#include "adamw_kernels.hpp"
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
 #include "portable.hpp"
@@ -97,6 +98,21 @@ struct Wide {
     friend Wide at_most(Wide a, float limit) { return _mm256_min_ps(_mm256_set1_ps(limit), a.v); }
     float total() const { return sum_of(v); }
     friend Wide magnitude(Wide a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+    friend Wide square_root(Wide a) { return _mm256_sqrt_ps(a.v); }
+    static bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
+    static Wide lookup(const float* table, const std::uint8_t* codes, std::int64_t i) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i));
+        return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(bytes), 4);
+    }
+    static Wide entries(const float* table, Wide which) {
+        return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), _mm256_cvtps_epi32(which.v));
+    }
+    void store_bytes(std::uint8_t* bytes, std::int64_t i) const {
+        const __m256i words = _mm256_cvtps_epi32(v);
+        const __m128i halves =
+            _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes + i), _mm_packus_epi16(halves, halves));
+    }
     friend Wide scaled(Wide a, Wide shifted, Wide) {
         const __m256i biased =
             _mm256_sub_epi32(_mm256_castps_si256(shifted.v), _mm256_set1_epi32(0x4b400000 - 254));
@@ -431,6 +447,7 @@ const Kernels* avx2_kernels() {
         k.softmax = softmax::kSoftmax;
         k.to_float = to_float;
         k.from_float = from_float;
+        k.adamw_8bit = adam::adamw_8bit<Wide>;
         k.elementwise = &rows::Elementwise<Wide, rows::Twice<Wide>>::kKernels;
         return k;
     }();

@@ -94,6 +94,32 @@ struct Wide {
     friend Wide at_most(Wide a, float limit) { return _mm512_min_ps(_mm512_set1_ps(limit), a.v); }
     friend Wide magnitude(Wide a) { return _mm512_abs_ps(a.v); }
     float total() const { return _mm512_reduce_add_ps(v); }
+    friend Wide square_root(Wide a) { return _mm512_sqrt_ps(a.v); }
+    static bool any(Mask mask) { return mask != 0; }
+    // Eight permutations of 32 entries each, of which three bits choose: a gather takes twice as long.
+    static Wide lookup(const float* table, const std::uint8_t* codes, std::int64_t i) {
+        const __m512i index =
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+        const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+        const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
+        const __mmask16 bit7 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
+        const auto entries = [&](int first) {
+            return _mm512_permutex2var_ps(_mm512_loadu_ps(table + first), index,
+                                          _mm512_loadu_ps(table + first + 16));
+        };
+        const auto half = [&](int first) {
+            return _mm512_mask_blend_ps(bit6, _mm512_mask_blend_ps(bit5, entries(first), entries(first + 32)),
+                                        _mm512_mask_blend_ps(bit5, entries(first + 64), entries(first + 96)));
+        };
+        return _mm512_mask_blend_ps(bit7, half(0), half(128));
+    }
+    static Wide entries(const float* table, Wide which) {
+        const __m512 eight = _mm512_castps256_ps512(_mm256_loadu_ps(table));
+        return _mm512_permutexvar_ps(_mm512_cvtps_epi32(which.v), eight);
+    }
+    void store_bytes(std::uint8_t* bytes, std::int64_t i) const {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
     friend Wide scaled(Wide a, Wide, Wide n) { return _mm512_scalef_ps(a.v, n.v); }
 };
 

@@ -223,6 +223,7 @@ NB_MODULE(_native, m) {
                      threads);
         },
         release);
+    bind_adamw(m);
     bind_elementwise(m);
     bind_loss(m);
     bind_attention(m);

@@ -20,6 +20,7 @@ T* at(Pointer pointer) {
 const Kernels& active_kernels();
 
 // One function per file of bindings.
+void bind_adamw(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_loss(nanobind::module_& m);

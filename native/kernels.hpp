@@ -60,6 +60,8 @@ struct Search {
 };
 
 struct ElementwiseKernels;  // elementwise.hpp
+struct AdamStep;            // adamw.hpp
+
 // What a model does to its logits before they count: x -> cap · tanh(scale · x / cap); cap 0: x -> scale · x.
 struct Bend {
     float scale, cap;
@@ -199,6 +201,9 @@ struct Kernels {
     // The element-wise and row-wise operations.
     const ElementwiseKernels* elementwise;
     SoftmaxKernels softmax;
+
+    // Blocks first … last-1 of a step of AdamW.
+    void (*adamw_8bit)(const AdamStep& step, std::int64_t first, std::int64_t last);
 };
 
 // One set per instruction set; null where the compiler or the processor family does not have it.

@@ -2,6 +2,7 @@
 // time; what is missing here is portable's, which the compiler turns into NEON by itself.
 #include <arm_neon.h>
 
+#include "adamw_kernels.hpp"
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
 #include "portable.hpp"
@@ -113,6 +114,24 @@ struct Wide {
         return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
     }
     friend Wide magnitude(Wide a) { return vabsq_f32(a.v); }
+    friend Wide square_root(Wide a) { return vsqrtq_f32(a.v); }
+    static bool any(Mask mask) { return vmaxvq_u32(mask) != 0; }
+    static Wide lookup(const float* table, const std::uint8_t* codes, std::int64_t i) {
+        const float values[4] = {table[codes[i]], table[codes[i + 1]], table[codes[i + 2]],
+                                 table[codes[i + 3]]};
+        return vld1q_f32(values);
+    }
+    static Wide entries(const float* table, Wide which) {
+        std::uint32_t places[4];
+        vst1q_u32(places, vcvtq_u32_f32(which.v));
+        const float values[4] = {table[places[0]], table[places[1]], table[places[2]], table[places[3]]};
+        return vld1q_f32(values);
+    }
+    void store_bytes(std::uint8_t* bytes, std::int64_t i) const {
+        const uint16x4_t words = vmovn_u32(vcvtnq_u32_f32(v));
+        const uint8x8_t all = vmovn_u16(vcombine_u16(words, words));
+        vst1_lane_u32(reinterpret_cast<std::uint32_t*>(bytes + i), vreinterpret_u32_u8(all), 0);
+    }
     friend Wide scaled(Wide a, Wide shifted, Wide) {
         const uint32x4_t biased =
             vsubq_u32(vreinterpretq_u32_f32(shifted.v), vdupq_n_u32(0x4b400000u - 254u));
@@ -227,6 +246,7 @@ const Kernels* neon_kernels() {
         k.add = plain::add;
         k.multiply_rows = multiply_rows;
         k.arithmetic = arithmetic;
+        k.adamw_8bit = adam::adamw_8bit<Wide>;
         k.elementwise = &rows::Elementwise<Wide, rows::Twice<rows::Twice<Wide>>>::kKernels;
         k.loss_sums = loss::loss_sums;
         k.loss_gradient = loss::loss_gradient<plain::from_float>;

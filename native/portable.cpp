@@ -1,6 +1,7 @@
 // Every kernel in plain C++, one number at a time: the version to read, and the one that runs anywhere.
 #include "portable.hpp"
 
+#include "adamw_kernels.hpp"
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
 #include "softmax_rows.hpp"
@@ -92,6 +93,7 @@ constexpr Kernels kPortable = {
     .from_float = plain::from_float,
     .elementwise = &rows::Elementwise<vector::One, vector::One>::kKernels,
     .softmax = softmax::kSoftmax,
+    .adamw_8bit = adam::adamw_8bit<vector::One>,
 };
 
 }  // namespace

@@ -8,6 +8,8 @@
 // the last place of a number just above 1.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 
 #include "portable.hpp"
@@ -51,6 +53,16 @@ struct One {
     // NaN stays NaN; the limit is a number.
     friend One at_least(One a, float limit) { return a.v < limit ? limit : a.v; }
     friend One at_most(One a, float limit) { return a.v > limit ? limit : a.v; }
+    friend One square_root(One a) { return sqrtf(a.v); }
+    static bool any(bool condition) { return condition; }
+    // Entries of a table, by codes i, i + 1, …
+    static One lookup(const float* table, const std::uint8_t* codes, std::int64_t i) {
+        return table[codes[i]];
+    }
+    // Entries of a table of 8, by whole numbers.
+    static One entries(const float* table, One which) { return table[static_cast<int>(which.v)]; }
+    // Whole numbers from 0 to 255.
+    void store_bytes(std::uint8_t* bytes, std::int64_t i) const { bytes[i] = static_cast<std::uint8_t>(v); }
     friend One magnitude(One a) {
         return plain::bits_as<float>(plain::bits_as<std::uint32_t>(a.v) & 0x7fffffffu);
     }

@@ -45,6 +45,7 @@ OPERATIONS = (
     "loss_rows",
     "attention",
     "attention_grad",
+    "adamw_8bit_",
 )
 
 

@@ -95,25 +95,44 @@ def thresholds(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArra
 
 
 @cache
-def dynamic_map() -> NDArray[np.float32]:
-    """The signed dynamic 8-bit map in which scales are themselves stored.
+def dynamic_map(*, signed: bool = True) -> NDArray[np.float32]:
+    """The dynamic 8-bit map: the signed one, in which scales are themselves stored, or the unsigned one.
 
-    Seven decades; decade i holds 2^i values per sign at the centres of equal parts of [0.1, 1], scaled by
-    10^(i-6); then 0 and 1.
+    Seven decades; decade i holds 2^i values per sign, or twice as many without sign, at the centres of equal parts of
+    [0.1, 1], scaled by 10^(i-6); then 0 and 1.
+
+    Args:
+        signed: Whether it has negative values.
 
     Returns:
-        (256,) float32, ascending from -0.99297 to 1, read-only.
+        (256,) float32, ascending from -0.99297, or from 0, to 1, read-only.
 
     Source: 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2.1, in float32 as
     bitsandbytes builds it.
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = _linspace_f32(0.1, 1.0, 2**decade + 1)
+        edges = _linspace_f32(0.1, 1.0, 2 ** (decade if signed else decade + 1) + 1)
         centres = ((edges[:-1] + edges[1:]) / np.float32(2.0)).astype(np.float32)
         scaled = np.float32(10.0 ** (decade - 6)) * centres
-        values += [*scaled.tolist(), *(-scaled).tolist()]
+        values += [*scaled.tolist(), *(-scaled if signed else scaled[:0]).tolist()]
     return _frozen(np.sort(np.array(values, dtype=np.float32)))
+
+
+@cache
+def dynamic_bounds(*, signed: bool = True) -> NDArray[np.float32]:
+    """Where one code of a dynamic map ends and the next begins: a number's code is the count of bounds below it.
+
+    Args:
+        signed: Of which map.
+
+    Returns:
+        (255,) float32, ascending, read-only.
+
+    Source: bitsandbytes' `quantize_blockwise` in plain PyTorch, whose middles are rounded to float32 as here.
+    """
+    values = dynamic_map(signed=signed)
+    return _frozen(((values[:-1] + values[1:]) / np.float32(2.0)).astype(np.float32))
 
 
 def _frozen(array: NDArray[_T]) -> NDArray[_T]:

@@ -14,6 +14,7 @@ from halfbyte.kernels.cpu.activations import (
     gated_backward_in_place,
     gated_forward,
 )
+from halfbyte.kernels.cpu.adamw import adamw_8bit_
 from halfbyte.kernels.cpu.attention import attention, attention_grad
 from halfbyte.kernels.cpu.calls import DTYPES
 from halfbyte.kernels.cpu.linear import linear, linear_grad
@@ -37,6 +38,7 @@ from halfbyte.kernels.native import module
 __all__ = [
     "activation_backward",
     "activation_forward",
+    "adamw_8bit_",
     "add_rms_norm_forward",
     "attention",
     "attention_grad",

@@ -10,6 +10,7 @@ from halfbyte.kernels.reference.activations import (
     gated_backward_in_place,
     gated_forward,
 )
+from halfbyte.kernels.reference.adamw import adamw_8bit_
 from halfbyte.kernels.reference.attention import attention, attention_grad
 from halfbyte.kernels.reference.linear import linear, linear_grad
 from halfbyte.kernels.reference.loss import loss_rows
@@ -31,6 +32,7 @@ from halfbyte.kernels.reference.weights import (
 __all__ = [
     "activation_backward",
     "activation_forward",
+    "adamw_8bit_",
     "add_rms_norm_forward",
     "attention",
     "attention_grad",
