@@ -139,6 +139,8 @@ CODES: dict[str, str] = {
     "HB510": "Checkpoint is damaged",
     "HB511": "Checkpoint is of another run",
     "HB513": "Too little memory",
+    "HB514": "No room for the optimizer's state",
+    "HB515": "Optimizer's state cannot be read or written",
     "HB520": "Too little disk for activations",
     "HB521": "Activations cannot be kept on disk",
     "HB601": "Numbers no interval can be made of",

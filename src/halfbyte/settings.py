@@ -42,7 +42,8 @@ TemplateName = Literal[
     "qwen2",
     "deepseek",
 ]
-Optimizer = Literal["adamw", "lion", "adafactor", "sgd"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "sgd"]
+ADAMW: tuple[Optimizer, ...] = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 SEED_LIMIT = 2**32
 
@@ -142,9 +143,9 @@ class DataConfig(_Section):
 READ_ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     "decay_ratio": ("schedule", ("wsd",)),
     "min_lr_ratio": ("schedule", ("linear", "cosine", "wsd")),
-    "beta1": ("optimizer", ("adamw", "lion")),
-    "beta2": ("optimizer", ("adamw", "lion")),
-    "eps": ("optimizer", ("adamw",)),
+    "beta1": ("optimizer", (*ADAMW, "lion")),
+    "beta2": ("optimizer", (*ADAMW, "lion")),
+    "eps": ("optimizer", ADAMW),
 }
 
 
@@ -190,7 +191,8 @@ class TrainConfig(_Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Passes per optimizer step."""
     optimizer: Optimizer = "adamw"
-    """Rule of the update; adafactor scales its rate by each weight's own size, sgd has no momentum."""
+    """Rule of the update; adamw_8bit keeps adamw's state in 8 bits, the paged ones on disk; adafactor scales its rate
+    by each weight's own size, sgd has no momentum."""
     learning_rate: float = Field(2e-4, gt=0)
     """Highest learning rate, reached after the warm-up."""
     lora_plus_ratio: float | None = Field(None, gt=0)

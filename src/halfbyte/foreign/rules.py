@@ -31,8 +31,10 @@ LOGGING_STEPS = 500
 """How often transformers logs, and measures, where nothing says it."""
 
 OPTIMIZERS = {
-    "adamw": "adamw adamw_hf adamw_torch adamw_torch_fused adamw_apex_fused paged_adamw paged_adamw_32bit "
-    "adamw_bnb_8bit adamw_8bit adamw_torch_8bit paged_adamw_8bit",
+    "adamw": "adamw adamw_hf adamw_torch adamw_torch_fused adamw_apex_fused",
+    "adamw_8bit": "adamw_bnb_8bit adamw_8bit adamw_torch_8bit",
+    "paged_adamw": "paged_adamw paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
     "lion": "lion lion_32bit paged_lion paged_lion_32bit lion_8bit paged_lion_8bit",
     "sgd": "sgd",
 }
@@ -50,7 +52,7 @@ PACKED_APART = "packed rows never see each other here"
 
 
 def optimizer(value: Any) -> str:
-    """Our name of an optimizer of transformers; paged and 8-bit states are theirs alone, the rule is the same."""
+    """Our name of an optimizer of transformers; lion's paged and 8-bit states are theirs alone, its rule is not."""
     for name, theirs in OPTIMIZERS.items():
         if value in theirs.split():
             return name
@@ -258,7 +260,7 @@ def _warmup(draft: Draft) -> None:
 def optimizer_defaults(draft: Draft, key: str) -> None:
     """Say what an optimizer's other names leave out, and what transformers gives lion."""
     theirs = str(draft.get(key) or "")
-    if "8bit" in theirs:
+    if draft.value("train.optimizer") == "lion" and "8bit" in theirs:
         draft.notes.append(f"{key}: {theirs} keeps its state in 8 bits; here it has 32.")
     if draft.value("train.optimizer") == "lion":
         draft.default("train.beta2", 0.999)

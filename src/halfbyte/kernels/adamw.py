@@ -7,7 +7,7 @@ which backend computes (`backends`) nor how (`reference` is the specification).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,11 @@ from halfbyte.kernels.library import by_backend, define
 STATE_BLOCK = 256
 """Numbers that share a scale."""
 
-_ZERO = 127
-"""The signed map's code for 0; the unsigned one's is 0."""
-
 
 class State8bit(NamedTuple):
-    """The averages of AdamW for N numbers, in blocks of `STATE_BLOCK`: a code for each number, a scale for each block.
+    """The averages of AdamW for N numbers: a code for each number, a scale for each block of `STATE_BLOCK`.
+
+    Zeros throughout are averages of nothing yet: whatever the code, a scale of 0 makes it 0.
 
     Attributes:
         exp_avg: (N,) uint8, codes of the signed dynamic map.
@@ -36,22 +35,6 @@ class State8bit(NamedTuple):
     exp_avg_sq: Tensor
     exp_avg_scale: Tensor
     exp_avg_sq_scale: Tensor
-
-    @classmethod
-    def zeros(cls, count: int, device: torch.device | None = None) -> Self:
-        """Averages of nothing yet.
-
-        Args:
-            count: N.
-            device: Where they lie.
-        """
-        blocks = -(-count // STATE_BLOCK)
-        return cls(
-            torch.full((count,), _ZERO, dtype=torch.uint8, device=device),
-            torch.zeros(count, dtype=torch.uint8, device=device),
-            torch.zeros(blocks, device=device),
-            torch.zeros(blocks, device=device),
-        )
 
 
 class AdamWFactors(NamedTuple):

@@ -27,6 +27,7 @@ from halfbyte.train.checkpoint import (
     Checkpoint,
     TrainerState,
     checkpoint_folder,
+    last_good,
     prune,
     read_checkpoint,
     write_checkpoint,
@@ -42,6 +43,7 @@ from halfbyte.train.optimizer import (
     set_learning_rate,
     trainable_parameters,
 )
+from halfbyte.train.paging import PageFile
 from halfbyte.train.plan import Plan, unit_lengths
 from halfbyte.train.schedule import learning_rate_factor
 from halfbyte.train.state import capture, random_state, restore
@@ -144,7 +146,8 @@ def train(
         ModelError: HB317 where rows are to be packed and the model cannot keep them apart.
         TrainError: HB501 or HB502 at the first loss or gradient that is not finite, with the weights of the
             step before saved; HB504, HB505 for what cannot be trained; HB511 for a checkpoint of another run.
-            HB513 where memory does not suffice for the largest batch, which is tried before the first step.
+            HB513 where memory does not suffice for the largest batch, which is tried before the first step; HB514
+            and HB515 where the disk does not hold the optimizer's pages.
         TrainInterrupted: HB503 after Ctrl-C.
     """
     loop = _Loop(model, config, run, examples)
@@ -184,7 +187,7 @@ def rehearse(
 
     Raises:
         ModelError: HB317.
-        TrainError: HB504, HB505, HB513.
+        TrainError: HB504, HB505, HB513, HB514.
     """
     loop = _Loop(model, config, run, examples)
     with _training_mode(model):
@@ -231,7 +234,7 @@ class _Loop:
         self.collate: Callable[[Sequence[Any]], Batch] = run.collate or (
             pack if config.packing else partial(collate, pad_id=run.pad_id)
         )
-        self.optimizer = build_optimizer(model, config)
+        self.optimizer = build_optimizer(model, config, partial(PageFile, run.folder))
         self.noise = NoiseMeter(trainable_parameters(model).values(), config.gradient_accumulation_steps)
         self.state = TrainerState.beginning(plan.total_steps, run.seed, examples.sha256)
         torch.manual_seed(run.seed)
@@ -293,9 +296,19 @@ class _Loop:
             where = f"step {self.done + 1} of {plan.total_steps}, {error.where}"
             raise TrainError(error.code, error.what, where=where, fix=error.fix + kept) from error
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
+        self._move_weights()
         self.optimizer.zero_grad(set_to_none=True)
         return self._note(step, loss, grad_norm, lr, time.perf_counter() - step_began)
+
+    def _move_weights(self) -> None:
+        """The optimizer's step; one that fails may have moved some weights, so that only a checkpoint is good."""
+        try:
+            self.optimizer.step()
+        except TrainError as error:
+            good = last_good(self.run.folder).checkpoint
+            kept = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
+            where = f"step {self.done + 1} of {self.plan.total_steps}, {error.where}"
+            raise TrainError(error.code, error.what, where=where, fix=f"{error.fix}; {kept}") from error
 
     def _gradient(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> tuple[BatchLoss, float]:
         """The step's loss and clipped gradient norm, the gradient left in the parameters."""

@@ -6,16 +6,21 @@ schedules or steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from halfbyte.errors import TrainError
+from halfbyte.train.adamw import LEAST, Bits, SmallAdamW, buffer_bytes, form_of, lay_out
 from halfbyte.train.lion import Lion
+from halfbyte.train.paging import MakePages, PageFile
 
 if TYPE_CHECKING:
-    from halfbyte.settings import TrainConfig
+    from halfbyte.settings import Optimizer, TrainConfig
 
 NAMES_SHOWN = 5
 
@@ -46,17 +51,24 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
     return chosen
 
 
-def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: torch.nn.Module, config: TrainConfig, pages: MakePages | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of a run, its parameters in groups of one learning rate and weight decay each.
 
     Args:
         model: Model whose trainable parameters are float32.
         config: Optimizer, learning rate and its ratio of LoRA's matrices, betas, eps and weight decay.
+        pages: Makes the pages of a paged optimizer; None puts them where temporary files lie.
 
     Raises:
-        TrainError: HB505.
+        TrainError: HB505; HB514 where there is no room for pages.
     """
-    return OPTIMIZERS[config.optimizer](parameter_groups(trainable_parameters(model), config), config)
+    groups = parameter_groups(trainable_parameters(model), config)
+    build = OPTIMIZERS.get(config.optimizer)
+    if build is not None:
+        return build(groups, config)
+    return _small_adamw(groups, config, pages or partial(PageFile, Path(tempfile.gettempdir())))
 
 
 def parameter_groups(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> list[Group]:
@@ -90,6 +102,17 @@ def _adamw(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=_betas(config, 0.999), eps=config.eps or 1e-8, fused=True)
 
 
+def _small_adamw(groups: list[Group], config: TrainConfig, pages: MakePages) -> torch.optim.Optimizer:
+    bits, paged = SMALL[config.optimizer]
+    return SmallAdamW(
+        groups,
+        bits=bits,
+        pages=pages if paged else None,
+        betas=_betas(config, 0.999),
+        eps=config.eps or 1e-8,
+    )
+
+
 def _lion(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
     return Lion(groups, betas=_betas(config, 0.99))
 
@@ -112,12 +135,57 @@ def _betas(config: TrainConfig, beta2: float) -> tuple[float, float]:
     )
 
 
+SMALL: dict[str, tuple[Bits, bool]] = {
+    "adamw_8bit": (8, False),
+    "paged_adamw": (32, True),
+    "paged_adamw_8bit": (8, True),
+}
+"""Bits of AdamW's averages, and whether they are paged."""
+
 OPTIMIZERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "lion": _lion,
     "adafactor": _adafactor,
     "sgd": _sgd,
 }
+
+
+class StateBytes(NamedTuple):
+    """What the state of an optimizer takes.
+
+    Attributes:
+        memory: Bytes in memory from the first step on, without `buffers`.
+        disk: Bytes of its pages.
+        buffers: Bytes in memory through which pages go.
+    """
+
+    memory: int
+    disk: int
+    buffers: int
+
+
+def state_bytes(optimizer: Optimizer, counts: Sequence[int]) -> StateBytes:
+    """What the state of an optimizer takes for parameters of so many numbers each.
+
+    Args:
+        optimizer: As `train.optimizer` has it.
+        counts: Numbers of each parameter.
+
+    Returns:
+        Bytes, exact but for adafactor, which keeps rows and columns of a matrix: at most a number per number.
+    """
+    if optimizer not in SMALL:
+        each = {"adamw": 8, "lion": 4, "adafactor": 4, "sgd": 0}[optimizer]
+        step = _STEP_BYTES if optimizer in ("adamw", "adafactor") else 0
+        return StateBytes(sum(each * n + step for n in counts), 0, 0)
+    bits, paged = SMALL[optimizer]
+    inside = sum(form_of(bits, n).nbytes(n) for n in counts if not paged or n < LEAST)
+    disk = lay_out(counts, bits)[1] if paged else 0
+    buffers = 2 * buffer_bytes(counts, bits) if paged else 0
+    return StateBytes(inside + _STEP_BYTES * len(counts), disk, buffers)
+
+
+_STEP_BYTES = 4  # a float32 that counts
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import TrainError
+from halfbyte.train.adamw import SmallAdamW
 
 _PARAMETER, _OPTIMIZER, _CPU, _CUDA = "parameter/", "optimizer/", "random/cpu", "random/cuda/"
 
@@ -52,7 +53,7 @@ def restore(
         optimizer: As it was built, before its first step.
 
     Raises:
-        TrainError: HB511 if the state is of other parameters; nothing is changed then.
+        TrainError: HB511 if the state is of other parameters; nothing is changed then. HB515 from its pages.
     """
     stored = {n.removeprefix(_PARAMETER): t for n, t in tensors.items() if n.startswith(_PARAMETER)}
     differ = [n for n in stored.keys() | parameters.keys() if not _alike(stored.get(n), parameters.get(n))]
@@ -66,7 +67,9 @@ def restore(
         parameter.data.copy_(stored[name])
         begin = f"{_OPTIMIZER}{name}/"
         state = {n.removeprefix(begin): t for n, t in tensors.items() if n.startswith(begin)}
-        if state:
+        if state and isinstance(optimizer, SmallAdamW):
+            optimizer.put_state(parameter, state)
+        elif state:
             optimizer.state[parameter] = {
                 key: value.to(parameter.device if value.dim() else value.device)
                 for key, value in state.items()

@@ -18,6 +18,7 @@ from halfbyte.errors import TrainError
 from halfbyte.train.deviation import Deviation, deviation
 from halfbyte.train.metrics import peak_rss_bytes
 from halfbyte.train.optimizer import build_optimizer, set_learning_rate
+from halfbyte.train.paging import Discarded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,7 +100,7 @@ def try_step(
 
     with torch.random.fork_rng(devices=[]), enough_memory(what):
         take()
-        optimizer = build_optimizer(model, config)
+        optimizer = build_optimizer(model, config, Discarded)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()  # of any gradient, not finite ones too, nothing may reach the weights

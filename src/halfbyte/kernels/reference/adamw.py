@@ -2,7 +2,8 @@
 
 It owns the meaning of the operation, the roundings included, and is written to be read; it must not be clever.
 
-Source: 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2; bitsandbytes' block-wise optimizers.
+Source: 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2; codes as bitsandbytes'
+`quantize_blockwise` in plain PyTorch has them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def adamw_8bit_(
     beta1, m_share, beta2, v_share, decay, step, eps = factors
     average = _decode(m, m_scale, signed=True).mul_(beta1) + g * m_share
     squares = _decode(v, v_scale, signed=False).mul_(beta2) + (g * v_share) * g
-    root = squares.double().sqrt().float()  # of float32 numbers torch does not round the root to nearest everywhere
+    root = (
+        squares.double().sqrt().float()
+    )  # of float32 numbers torch does not round the root to nearest everywhere
     p.copy_(p * decay + (average / (root + eps)) * step)
     _encode(average, m, m_scale, signed=True)
     _encode(squares, v, v_scale, signed=False)
