@@ -21,10 +21,10 @@ INSTRUCTION_SETS = (
 )
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 SHARED = (
-    *("attention_backward", "attention_forward", "attention_tiles", "backward", "dispatch", "elementwise"),
-    *("forward", "loss", "parallel", "portable"),
+    *("adamw", "attention_backward", "attention_forward", "attention_tiles", "backward", "dispatch"),
+    *("elementwise", "forward", "loss", "parallel", "portable"),
 )
-GRIDS = ("kernel_grid", "elementwise_grid")
+GRIDS = ("kernel_grid", "elementwise_grid", "adamw_grid")
 FLAGS = ["-std=c++20", "-ffp-contract=off"]
 DEBUG = ["-O0", "-g1"]  # optimising with sanitizers takes minutes
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]

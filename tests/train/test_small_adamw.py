@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor
@@ -137,43 +138,93 @@ def test_memory_of_torch_s_adamw_is_told_too() -> None:
     assert state_bytes("adamw", SIZES).memory == held
 
 
-# What a step in 8 bits can be off, from the map alone: see docs/decisions/0017. A code's value lies within half a step of
-# its number; the largest relative half step of magnitudes above 1e-4 of the block's largest is 0.45 / (2^i · 0.1) / 2 in
-# decade i of 2^i (m) or 2^(i + 1) (v) equal parts.
-def _half_step(decade: int, *, signed: bool) -> float:
-    parts = 2**decade if signed else 2 ** (decade + 1)
-    return 0.9 / parts / 2 / (0.1 + 0.45 / parts)
+# What 8 bits can do to a number of the upper decade, 0.1 … 1 of its block's largest: half the distance of two values.
+AVERAGE_HALF_STEP, SQUARES_HALF_STEP = 0.9 / 64 / 2, 0.9 / 128 / 2
+# bitsandbytes' CPU looks codes up in a table that is coarser than the map, and takes the neighbour near a bound.
+LOOKED_UP = 1.25
 
 
-def test_the_second_step_is_off_by_no_more_than_the_map_allows() -> None:
-    """Gradients of one decade: the first step is exact, the second sees averages that were rounded once."""
-    beta1, beta2 = SETTINGS["betas"]
+def _drift(gradients: list[Tensor], lr: float, betas: tuple[float, float]) -> Tensor:
+    """How far 8 bits can take each weight from exact AdamW: the worst of all roundings, of which none cancels.
+
+    An average is rounded after each step by at most half a step of the map times its block's largest magnitude, and
+    what it is off before a step counts β times after it. docs/decisions/0017 has the same in formulas.
+    """
+    beta1, beta2 = betas
+    m, v, m_off, v_off, far = (torch.zeros_like(gradients[0]).double() for _ in range(5))
+    for step, gradient in enumerate(gradients, 1):
+        g = gradient.double().abs()  # the sign of a weight's gradient stays the same
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        m_off, v_off = beta1 * m_off, beta2 * v_off
+        c1, c2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+        exact = m / c1 / (v.sqrt() / c2)
+        most = (m + m_off) / c1 / ((v - v_off).clamp(min=1e-12).sqrt() / c2)
+        least = (m - m_off) / c1 / ((v + v_off).sqrt() / c2)
+        far += lr * torch.maximum(most - exact, exact - least)
+        assert (m / m.max()).min() > 0.1
+        assert (v / v.max()).min() > 0.1
+        m_off += AVERAGE_HALF_STEP * (m + m_off).max()
+        v_off += SQUARES_HALF_STEP * (v + v_off).max()
+    return far
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_weights_stay_as_near_to_exact_adamw_as_the_map_promises(steps: int) -> None:
     torch.manual_seed(0)
-    count = 100_000
-    gradients = [torch.empty(count).uniform_(0.4, 1.0) * torch.randn(count).sign() for _ in range(2)]
-    wide = torch.nn.Parameter(torch.zeros(count))
-    narrow = torch.nn.Parameter(torch.zeros(count))
-    theirs = torch.optim.AdamW([wide], fused=True, **SETTINGS)
-    ours = SmallAdamW([narrow], bits=8, **SETTINGS)
-    for number, gradient in enumerate(gradients):
-        wide.grad, narrow.grad = gradient, gradient.clone()
-        theirs.step()
-        ours.step()
-        if number == 0:
-            assert (wide - narrow).abs().max() <= 8 * 2.0**-24 * SETTINGS["lr"]
-    # |m| and v lie within the upper decade (v: 0.16 … 1), so their errors are at most half a step of its size.
-    m_error = 0.9 / 64 / 2 * beta1 * (1 - beta1)  # of the block's largest average, 1 - β₁
-    v_error = 0.9 / 128 / 2 * beta2 * (1 - beta2)
-    first, second = (g.double() for g in gradients)
-    m = beta1 * (1 - beta1) * first + (1 - beta1) * second
-    v = beta2 * (1 - beta2) * first**2 + (1 - beta2) * second**2
-    c1, c2 = 1 - beta1**2, math.sqrt(1 - beta2**2)
-    exact = (m / c1) / (v.sqrt() / c2)
-    most = ((m.abs() + m_error) / c1) / ((v - v_error).sqrt() / c2) - exact.abs()
-    off = (wide - narrow).double().abs() / SETTINGS["lr"]
-    slack = 1e-5
-    assert bool((off <= most + slack).all())
-    assert off.max() >= 0.3 * most.max()  # the bound is not a mile away
+    count, lr, betas = 100_000, 1e-2, (0.9, 0.9)
+    sign = torch.randn(count).sign()
+    gradients = [sign * torch.empty(count).uniform_(0.6, 1.0) for _ in range(steps)]
+    weights = {name: torch.nn.Parameter(torch.zeros(count)) for name in ("exact", "ours", "bitsandbytes")}
+    settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0}
+    optimizers = [
+        torch.optim.AdamW([weights["exact"]], fused=True, **settings),
+        SmallAdamW([weights["ours"]], bits=8, **settings),
+        bitsandbytes.optim.AdamW8bit([weights["bitsandbytes"]], **settings),
+    ]
+    for gradient in gradients:
+        for weight, optimizer in zip(weights.values(), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    exact, ours, theirs = (weight.detach().double() for weight in weights.values())
+    roundings = 16 * 2.0**-24 * lr * steps  # of float32 itself
+    allowed = _drift(gradients, lr, betas)
+    off = (ours - exact).abs()
+    assert bool((off <= allowed + roundings).all())
+    assert bool(((theirs - ours).abs() <= (1 + LOOKED_UP) * allowed + roundings).all())
+    if steps > 1:  # the bound is no empty one, and 8 bits are not 32
+        assert off.max() >= 0.1 * allowed.max()
+
+
+class _Fitting:
+    """A small network learns a function: real gradients, of all sizes."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.model = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.Tanh(), torch.nn.Linear(256, 64))
+        self.x = torch.randn(512, 16)
+        self.y = torch.sin(self.x @ torch.randn(16, 64))
+
+    def loss_after(self, config: TrainConfig, steps: int = 400) -> float:
+        optimizer = build_optimizer(self.model, config)
+        loss = torch.zeros(())
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = (self.model(self.x) - self.y).square().mean()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+
+def test_training_reaches_the_loss_of_32_bits() -> None:
+    """Within 5 %: 400 steps from a loss of 0.5 to about a fifth of it."""
+    settings = {"learning_rate": 3e-3, "weight_decay": 0.01}
+    wide = _Fitting().loss_after(TrainConfig(optimizer="adamw", **settings))
+    for name in ("adamw_8bit", "paged_adamw_8bit"):
+        narrow = _Fitting().loss_after(TrainConfig(optimizer=name, **settings))  # type: ignore[arg-type]
+        assert narrow != wide
+        assert narrow <= 1.05 * wide
+    assert wide <= 0.25 * _Fitting().loss_after(TrainConfig(), steps=1)
+    assert _Fitting().loss_after(TrainConfig(optimizer="paged_adamw", **settings)) == wide
 
 
 RSS = """

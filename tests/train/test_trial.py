@@ -19,6 +19,7 @@ from halfbyte.model.lora import add_lora
 from halfbyte.model.lora_spec import LoraSpec
 from halfbyte.settings import TrainConfig
 from halfbyte.train.loop import TrainRun, rehearse, train
+from halfbyte.train.optimizer import OPTIMIZERS
 from halfbyte.train.step import TokenLoss
 from halfbyte.train.trial import enough_memory, try_step
 
@@ -36,7 +37,7 @@ def test_the_largest_batch_holds_the_longest_rows() -> None:
             assert all(LENGTHS[p].sum() <= LENGTHS[packed.largest].sum() for p in window)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_trial_leaves_no_trace(tiny_llama: Build, rows: list[Example], optimizer: str) -> None:
     model = tiny_llama()
     add_lora(model, LoraSpec(r=4, dropout=0.5), seed=1)

@@ -65,10 +65,8 @@ def build_optimizer(
         TrainError: HB505; HB514 where there is no room for pages.
     """
     groups = parameter_groups(trainable_parameters(model), config)
-    build = OPTIMIZERS.get(config.optimizer)
-    if build is not None:
-        return build(groups, config)
-    return _small_adamw(groups, config, pages or partial(PageFile, Path(tempfile.gettempdir())))
+    pages = pages or partial(PageFile, Path(tempfile.gettempdir()))
+    return OPTIMIZERS[config.optimizer](groups, config, pages)
 
 
 def parameter_groups(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> list[Group]:
@@ -97,7 +95,7 @@ def parameter_groups(parameters: dict[str, torch.nn.Parameter], config: TrainCon
     ]
 
 
-def _adamw(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
+def _adamw(groups: list[Group], config: TrainConfig, _: MakePages) -> torch.optim.Optimizer:
     """Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), algorithm 2."""
     return torch.optim.AdamW(groups, betas=_betas(config, 0.999), eps=config.eps or 1e-8, fused=True)
 
@@ -113,16 +111,16 @@ def _small_adamw(groups: list[Group], config: TrainConfig, pages: MakePages) -> 
     )
 
 
-def _lion(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
+def _lion(groups: list[Group], config: TrainConfig, _: MakePages) -> torch.optim.Optimizer:
     return Lion(groups, betas=_betas(config, 0.99))
 
 
-def _adafactor(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
+def _adafactor(groups: list[Group], config: TrainConfig, _: MakePages) -> torch.optim.Optimizer:
     """Source: Shazeer and Stern, Adafactor (2018), algorithms 4 and 5, as torch has it."""
     return torch.optim.Adafactor(groups)
 
 
-def _sgd(groups: list[Group], config: TrainConfig) -> torch.optim.Optimizer:
+def _sgd(groups: list[Group], config: TrainConfig, _: MakePages) -> torch.optim.Optimizer:
     """Without momentum torch's L2 penalty is the decoupled weight decay."""
     return torch.optim.SGD(groups)
 
@@ -142,8 +140,9 @@ SMALL: dict[str, tuple[Bits, bool]] = {
 }
 """Bits of AdamW's averages, and whether they are paged."""
 
-OPTIMIZERS: dict[str, Callable[[list[Group], TrainConfig], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[Group], TrainConfig, MakePages], torch.optim.Optimizer]] = {
     "adamw": _adamw,
+    **dict.fromkeys(SMALL, _small_adamw),
     "lion": _lion,
     "adafactor": _adafactor,
     "sgd": _sgd,
