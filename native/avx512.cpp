@@ -2,10 +2,10 @@
 // portable.cpp does, 16 numbers at a time.
 #include <immintrin.h>
 
+#include "adamw_kernels.hpp"
 #include "avx512_softmax.hpp"
 #include "avx512_tile.hpp"
 #include "avx512_wide.hpp"
-#include "adamw_kernels.hpp"
 #include "elementwise_kernels.hpp"
 #include "loss_rows.hpp"
 #include "portable.hpp"
@@ -388,7 +388,7 @@ constexpr Kernels kAvx512 = {
                 .score_gradients = softmax512::score_gradients,
                 .score_gradient_pairs = softmax::score_gradient_pairs,
                 .scale_columns = softmax::scale_columns},
-    .adamw_8bit = adam::adamw_8bit<Wide>,
+    .adamw_8bit = adam::adamw_8bit<Wide, rows::Twice<Wide>>,
 };
 
 }  // namespace

@@ -94,6 +94,8 @@ struct Wide {
     friend Wide at_most(Wide a, float limit) { return _mm512_min_ps(_mm512_set1_ps(limit), a.v); }
     friend Wide magnitude(Wide a) { return _mm512_abs_ps(a.v); }
     float total() const { return _mm512_reduce_add_ps(v); }
+    friend Wide larger(Wide a, Wide b) { return _mm512_max_ps(a.v, b.v); }
+    friend Wide smaller(Wide a, Wide b) { return _mm512_min_ps(a.v, b.v); }
     friend Wide square_root(Wide a) { return _mm512_sqrt_ps(a.v); }
     static bool any(Mask mask) { return mask != 0; }
     // Eight permutations of 32 entries each, of which three bits choose: a gather takes twice as long.
@@ -113,9 +115,10 @@ struct Wide {
         };
         return _mm512_mask_blend_ps(bit7, half(0), half(128));
     }
-    static Wide entries(const float* table, Wide which) {
-        const __m512 eight = _mm512_castps256_ps512(_mm256_loadu_ps(table));
-        return _mm512_permutexvar_ps(_mm512_cvtps_epi32(which.v), eight);
+    using Table = __m512;
+    static Table table(const float* eight) { return _mm512_castps256_ps512(_mm256_loadu_ps(eight)); }
+    static Wide entries(Table table, Wide which) {
+        return _mm512_permutexvar_ps(_mm512_cvtps_epi32(which.v), table);
     }
     void store_bytes(std::uint8_t* bytes, std::int64_t i) const {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));

@@ -114,6 +114,8 @@ struct Wide {
         return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
     }
     friend Wide magnitude(Wide a) { return vabsq_f32(a.v); }
+    friend Wide larger(Wide a, Wide b) { return vmaxq_f32(a.v, b.v); }
+    friend Wide smaller(Wide a, Wide b) { return vminq_f32(a.v, b.v); }
     friend Wide square_root(Wide a) { return vsqrtq_f32(a.v); }
     static bool any(Mask mask) { return vmaxvq_u32(mask) != 0; }
     static Wide lookup(const float* table, const std::uint8_t* codes, std::int64_t i) {
@@ -121,7 +123,9 @@ struct Wide {
                                  table[codes[i + 3]]};
         return vld1q_f32(values);
     }
-    static Wide entries(const float* table, Wide which) {
+    using Table = const float*;
+    static Table table(const float* eight) { return eight; }
+    static Wide entries(Table table, Wide which) {
         std::uint32_t places[4];
         vst1q_u32(places, vcvtq_u32_f32(which.v));
         const float values[4] = {table[places[0]], table[places[1]], table[places[2]], table[places[3]]};
@@ -246,7 +250,7 @@ const Kernels* neon_kernels() {
         k.add = plain::add;
         k.multiply_rows = multiply_rows;
         k.arithmetic = arithmetic;
-        k.adamw_8bit = adam::adamw_8bit<Wide>;
+        k.adamw_8bit = adam::adamw_8bit<Wide, rows::Twice<Wide>>;
         k.elementwise = &rows::Elementwise<Wide, rows::Twice<rows::Twice<Wide>>>::kKernels;
         k.loss_sums = loss::loss_sums;
         k.loss_gradient = loss::loss_gradient<plain::from_float>;

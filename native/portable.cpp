@@ -93,7 +93,7 @@ constexpr Kernels kPortable = {
     .from_float = plain::from_float,
     .elementwise = &rows::Elementwise<vector::One, vector::One>::kKernels,
     .softmax = softmax::kSoftmax,
-    .adamw_8bit = adam::adamw_8bit<vector::One>,
+    .adamw_8bit = adam::adamw_8bit<vector::One, vector::One>,
 };
 
 }  // namespace

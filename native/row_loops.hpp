@@ -112,7 +112,17 @@ struct Twice {
     }
     friend Twice at_least(Twice x, float limit) { return {at_least(x.a, limit), at_least(x.b, limit)}; }
     friend Twice at_most(Twice x, float limit) { return {at_most(x.a, limit), at_most(x.b, limit)}; }
+    friend Twice smaller(Twice x, Twice y) { return {smaller(x.a, y.a), smaller(x.b, y.b)}; }
     friend Twice magnitude(Twice x) { return {magnitude(x.a), magnitude(x.b)}; }
+    using Table = typename W::Table;
+    static Table table(const float* eight) { return W::table(eight); }
+    static Twice entries(Table table, Twice which) {
+        return {W::entries(table, which.a), W::entries(table, which.b)};
+    }
+    void store_bytes(std::uint8_t* bytes, std::int64_t i) const {
+        a.store_bytes(bytes, i);
+        b.store_bytes(bytes, i + W::kLanes);
+    }
     friend Twice scaled(Twice x, Twice shifted, Twice n) {
         return {scaled(x.a, shifted.a, n.a), scaled(x.b, shifted.b, n.b)};
     }

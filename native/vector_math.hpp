@@ -53,6 +53,8 @@ struct One {
     // NaN stays NaN; the limit is a number.
     friend One at_least(One a, float limit) { return a.v < limit ? limit : a.v; }
     friend One at_most(One a, float limit) { return a.v > limit ? limit : a.v; }
+    friend One larger(One a, One b) { return a.v < b.v ? b.v : a.v; }
+    friend One smaller(One a, One b) { return b.v < a.v ? b.v : a.v; }
     friend One square_root(One a) { return sqrtf(a.v); }
     static bool any(bool condition) { return condition; }
     // Entries of a table, by codes i, i + 1, …
@@ -60,7 +62,9 @@ struct One {
         return table[codes[i]];
     }
     // Entries of a table of 8, by whole numbers.
-    static One entries(const float* table, One which) { return table[static_cast<int>(which.v)]; }
+    using Table = const float*;
+    static Table table(const float* eight) { return eight; }
+    static One entries(Table table, One which) { return table[static_cast<int>(which.v)]; }
     // Whole numbers from 0 to 255.
     void store_bytes(std::uint8_t* bytes, std::int64_t i) const { bytes[i] = static_cast<std::uint8_t>(v); }
     friend One magnitude(One a) {

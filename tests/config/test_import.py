@@ -35,7 +35,7 @@ EXPECTED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "train.batch_tokens": 1024,
             "train.gradient_accumulation_steps": 4,
             "train.epochs": 4,
-            "train.optimizer": "adamw",
+            "train.optimizer": "paged_adamw",
             "train.schedule": "cosine",
             "train.learning_rate": 2e-4,
             "train.warmup_steps": 10,

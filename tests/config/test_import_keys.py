@@ -200,6 +200,26 @@ def test_what_waits_on_disk_there_may_do_so_here(desk: Path, text: str, expected
     assert asked or expected
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("adamw_torch_fused", "adamw"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("adamw_8bit", "adamw_8bit"),
+        ("paged_adamw_32bit", "paged_adamw"),
+        ("paged_adamw", "paged_adamw"),
+        ("paged_adamw_8bit", "paged_adamw_8bit"),
+    ],
+)
+def test_adamw_in_8_bits_or_paged_is_what_it_is_there(desk: Path, theirs: str, ours: str) -> None:
+    file = desk / "theirs.yaml"
+    file.write_text(AXOLOTL + f"optimizer: {theirs}\nadam_beta2: 0.95\n", encoding="utf-8")
+    imported = import_file(file)
+    assert imported.lines["train.optimizer"].value == ours
+    assert imported.lines["train.beta2"].value == 0.95
+    assert not any("8 bits" in note for note in imported.notes)
+
+
 def test_lion_of_transformers_keeps_its_betas(desk: Path) -> None:
     file = desk / "theirs.yaml"
     file.write_text(AXOLOTL + "optimizer: lion_8bit\nadam_epsilon: 1e-6\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from halfbyte.kernels.adamw import STATE_BLOCK, AdamWFactors, State8bit, adamw_8bit_
-from halfbyte.train.paging import BUFFER_BYTES, PAGE, Buffers, MakePages, Span
+from halfbyte.train.paging import BUFFER_BYTES, LINE, Buffers, MakePages, Span
 
 Bits = Literal[8, 32]
 Group = dict[str, Any]
@@ -123,7 +123,7 @@ def lay_out(counts: Sequence[int], bits: Bits) -> tuple[list[Place | None], int]
         form, offsets = form_of(bits, count), {}
         for name, dtype, length in form.entries(count):
             offsets[name] = end
-            end += -(-dtype.itemsize * length // PAGE) * PAGE
+            end += _aligned(dtype.itemsize * length)
         places.append(Place(form, offsets))
     return places, end
 
@@ -136,8 +136,8 @@ def buffer_bytes(counts: Sequence[int], bits: Bits) -> int:
 
 
 def _aligned(nbytes: int) -> int:
-    """Bytes up to the next place where an array of any dtype can begin, and a vector whole in a cache line."""
-    return -(-nbytes // 64) * 64
+    """Bytes up to the next place where an array can begin."""
+    return -(-nbytes // LINE) * LINE
 
 
 class _Piece(NamedTuple):

@@ -293,22 +293,21 @@ class _Loop:
         except TrainError as error:
             saved = self.checkpoint("stopped") if self.done else None
             kept = f"; the weights after step {self.done} are in {saved}" if saved else ""
-            where = f"step {self.done + 1} of {plan.total_steps}, {error.where}"
-            raise TrainError(error.code, error.what, where=where, fix=error.fix + kept) from error
+            raise self._stopped(error, kept) from error
         set_learning_rate(self.optimizer, lr)
-        self._move_weights()
+        try:
+            self.optimizer.step()
+        except TrainError as error:  # some weights have moved already, so that only a checkpoint is good
+            good = last_good(self.run.folder).checkpoint
+            kept = f"; the last good checkpoint is {good.folder}" if good else "; there is no checkpoint yet"
+            raise self._stopped(error, kept) from error
         self.optimizer.zero_grad(set_to_none=True)
         return self._note(step, loss, grad_norm, lr, time.perf_counter() - step_began)
 
-    def _move_weights(self) -> None:
-        """The optimizer's step; one that fails may have moved some weights, so that only a checkpoint is good."""
-        try:
-            self.optimizer.step()
-        except TrainError as error:
-            good = last_good(self.run.folder).checkpoint
-            kept = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
-            where = f"step {self.done + 1} of {self.plan.total_steps}, {error.where}"
-            raise TrainError(error.code, error.what, where=where, fix=f"{error.fix}; {kept}") from error
+    def _stopped(self, error: TrainError, kept: str) -> TrainError:
+        """The error, with the step it ended and what is left of the run."""
+        where = f"step {self.done + 1} of {self.plan.total_steps}, {error.where}"
+        return TrainError(error.code, error.what, where=where, fix=error.fix + kept)
 
     def _gradient(self, micro_batches: list[Batch], ctrl_c: CtrlC) -> tuple[BatchLoss, float]:
         """The step's loss and clipped gradient norm, the gradient left in the parameters."""

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from halfbyte.errors import TrainError
 
-PAGE = 4096
-"""Arrays begin at multiples of this many bytes."""
+LINE = 64
+"""Arrays begin at multiples of this many bytes, in pages and in buffers."""
 
 BUFFER_BYTES = 16 << 20
 """Of each of the two buffers, at most."""
@@ -217,12 +217,24 @@ class Buffers:
                 last.result()
 
     def _read(self, pages: Pages, spans: Sequence[Span], number: int) -> None:
-        for span in spans:
+        for span in _joined(spans):
             pages.read(span.offset, self._part(span, number))
 
     def _write(self, pages: Pages, spans: Sequence[Span], number: int) -> None:
-        for span in spans:
+        for span in _joined(spans):
             pages.write(span.offset, self._part(span, number))
 
     def _part(self, span: Span, number: int) -> memoryview:
         return self._buffers[number % 2].numpy().data[span.place : span.place + span.length]
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Spans that follow each other in pages and buffer alike, gaps included, as one: a parameter in one piece."""
+    joined: list[Span] = []
+    for span in spans:
+        before = joined[-1] if joined else None
+        if before and span.offset - before.offset == span.place - before.place < before.length + LINE:
+            joined[-1] = before._replace(length=span.place - before.place + span.length)
+        else:
+            joined.append(span)
+    return joined
