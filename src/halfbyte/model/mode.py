@@ -1,6 +1,6 @@
-"""The state a model is measured in: no dropout, no gradients, and left as it was found.
+"""The states a model is measured and trained in, without and with dropout, and left as it was found.
 
-It owns that state and nothing else; it must not know what is measured.
+It owns these states and nothing else; it must not know what is measured or trained.
 """
 
 from __future__ import annotations
@@ -24,3 +24,14 @@ def measured(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def trained(model: nn.Module) -> Iterator[None]:
+    """Dropout on within the block; as it was after it."""
+    was_training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)

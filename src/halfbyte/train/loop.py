@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from halfbyte.data.pack import collate, pack
 from halfbyte.errors import TrainError
 from halfbyte.model.heads import Objective
 from halfbyte.model.isolation import prove_isolation
+from halfbyte.model.mode import trained
 from halfbyte.train.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -152,7 +153,7 @@ def train(
     """
     loop = _Loop(model, config, run, examples)
     with (
-        _training_mode(model),
+        trained(model),
         CtrlC() as ctrl_c,
         MetricsFile(run.folder / "metrics.jsonl", after=loop.done) as metrics,
         loop.noise,
@@ -190,7 +191,7 @@ def rehearse(
         TrainError: HB504, HB505, HB513, HB514.
     """
     loop = _Loop(model, config, run, examples)
-    with _training_mode(model):
+    with trained(model):
         loop.try_largest()
         return loop.try_largest()
 
@@ -202,17 +203,6 @@ class _Step:
     batches: list[Batch]
     room: int
     after: Position
-
-
-@contextmanager
-def _training_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout on within the block; as it was after it."""
-    was_training = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class _Loop:
