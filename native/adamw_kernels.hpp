@@ -2,8 +2,8 @@
 // `vector::One`. Everything is in an unnamed namespace, see kernels.hpp.
 #pragma once
 
-#include <algorithm>
 #include <cfloat>
+#include <cstring>
 
 #include "adamw.hpp"
 #include "row_loops.hpp"
@@ -16,7 +16,9 @@ template <class W>
 inline float largest(W sizes) {
     float lanes[W::kLanes];
     sizes.template store<Type::f32>(lanes, 0);
-    return *std::max_element(lanes, lanes + W::kLanes);
+    float most = lanes[0];
+    for (const float lane : lanes) most = most < lane ? lane : most;
+    return most;
 }
 
 inline float reciprocal(float scale) { return scale < FLT_MIN ? 0.0f : 1.0f / scale; }
@@ -143,24 +145,25 @@ inline void block(const AdamStep& s, float* p, const float* g, std::uint8_t* m_c
 template <class W, class Many>
 inline void rest(const AdamStep& s, std::int64_t at, std::int64_t count) {
     float p[kStateBlock] = {}, g[kStateBlock] = {};
-    std::uint8_t m[kStateBlock] = {}, v[kStateBlock] = {};
-    std::fill_n(m, kStateBlock, static_cast<std::uint8_t>(kZero));
-    std::copy_n(s.p + at, count, p);
-    std::copy_n(s.g + at, count, g);
-    std::copy_n(s.m + at, count, m);
-    std::copy_n(s.v + at, count, v);
+    std::uint8_t m[kStateBlock], v[kStateBlock] = {};
+    std::memset(m, kZero, sizeof m);
+    const auto codes = static_cast<std::size_t>(count), floats = codes * sizeof(float);
+    std::memcpy(p, s.p + at, floats);
+    std::memcpy(g, s.g + at, floats);
+    std::memcpy(m, s.m + at, codes);
+    std::memcpy(v, s.v + at, codes);
     block<W, Many>(s, p, g, m, v, s.m_scale + at / kStateBlock, s.v_scale + at / kStateBlock);
-    std::copy_n(p, count, s.p + at);
-    std::copy_n(m, count, s.m + at);
-    std::copy_n(v, count, s.v + at);
+    std::memcpy(s.p + at, p, floats);
+    std::memcpy(s.m + at, m, codes);
+    std::memcpy(s.v + at, v, codes);
 }
 
 template <class W, class Many>
 void adamw_8bit(const AdamStep& s, std::int64_t first, std::int64_t last) {
     for (std::int64_t b = first; b < last; ++b) {
-        const std::int64_t at = b * kStateBlock, count = std::min(kStateBlock, s.count - at);
-        if (count < kStateBlock)
-            rest<W, Many>(s, at, count);
+        const std::int64_t at = b * kStateBlock, left = s.count - at;
+        if (left < kStateBlock)
+            rest<W, Many>(s, at, left);
         else
             block<W, Many>(s, s.p + at, s.g + at, s.m + at, s.v + at, s.m_scale + b, s.v_scale + b);
     }
