@@ -90,8 +90,26 @@ def test_one_changed_bit_in_the_file_is_seen_in_the_gradients(tmp_path: Path) ->
         (byte,) = stream.read(1)
         stream.seek(code.start + 5)
         stream.write(bytes([byte ^ 0x40]))
+    for how in ("resident", "streamed"):  # which is refused
+        with pytest.raises(ModelError) as fault:
+            gradients(folder, how)
+        assert fault.value.code == "HB359"
+        assert "model.layers.1 " in fault.value.what
+    (folder / "halfbyte.json").unlink()
     after = gradients(folder, "streamed")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_changed_head_or_embedding_is_refused_as_well(name: str, tmp_path: Path) -> None:
+    folder = in_4bit("llama", tmp_path)
+    stored = open_model_folder(folder).tensors[name]
+    with stored.file.open("r+b") as stream:
+        stream.seek(stored.start)
+        stream.write(b"abc=")
+    with pytest.raises(ModelError) as fault:
+        gradients(folder, "streamed")
+    assert fault.value.code == "HB359"
 
 
 def test_a_base_in_16_bits_is_streamed_as_well(tmp_path: Path) -> None:
@@ -151,8 +169,9 @@ def test_a_pass_reads_each_layer_twice_less_what_is_still_there(tmp_path: Path) 
         model(input_ids=ids, labels=ids).loss.backward()
     layer, head = streamer.units[0].nbytes, streamer.units[-1].nbytes
     assert all(abs(unit.nbytes - layer) < 4096 for unit in streamer.units[:-1])  # one state fills a page
-    # Forward 5, backward the 4 before the last; the next pass finds the first one there, and so on.
-    expected = (5 + 4 + 4 + 4) * layer + 2 * head
+    # Forward 5, backward the 4 before the last; the next pass finds the first one there, and so on. What no visit
+    # waits for was held against its digest when the model was loaded.
+    expected = (5 + 4 + 4 + 4) * layer + 3 * head + streamer.loose.nbytes
     assert streamer.brought_bytes == pytest.approx(expected, rel=0.01)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.data.pack import Batch, pack
 from halfbyte.data.tokenise import Example
-from halfbyte.errors import ModelError
+from halfbyte.errors import HalfbyteError, ModelError
 from halfbyte.model.encoders import document_logits, hidden_states
 from halfbyte.model.inputs import model_inputs
 from halfbyte.model.limits import Limits
@@ -74,6 +74,8 @@ def _prove(model: PreTrainedModel, answers: Answers) -> None:
     with measured(model):
         try:
             packed, changed = (answers(model, _row(ids)) for ids in (first, other))  # (T, V)
+        except HalfbyteError:  # of the model's file, say
+            raise
         except (
             Exception
         ) as fault:  # a model's own refusal, of any kind; it is told, with its cause, not hidden

@@ -23,7 +23,7 @@ from halfbyte.model.files import ModelFolder, open_model_folder
 from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.matching import Entry, match, named, refuse_mostly_unquantised, wrong_tensors
 from halfbyte.model.purpose import Head, begin, unread_modules
-from halfbyte.model.quantised_file import refuse_changed_file
+from halfbyte.model.quantised_file import read_digests, refuse_changed_file
 from halfbyte.model.residency import MappedWeights, Residency, stream
 from halfbyte.model.skeleton import Slot, build_skeleton
 from halfbyte.model.stored import StoredTensor
@@ -91,8 +91,10 @@ def load(
     _refuse_unfilled(folder, model)
     if weights is not None or any(isinstance(module, Linear4bit) for module in model.modules()):
         model.requires_grad_(False)
+    if weights is not None and residency == "resident" and (digests := read_digests(folder.path)):
+        digests.check_all()
     if weights is not None and residency == "streamed":
-        stream(model, weights)
+        stream(model, weights, read_digests(folder.path))
     load_generation_config(folder, model)
     if adapter is not None:
         load_adapter(model, Path(adapter))

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ModelError
 from halfbyte.model.blocks import repeated_layers
 from halfbyte.model.mapped import Extent, MappedFile, can_let_go, extents_of
+from halfbyte.model.quantised_file import EMBED, HEAD, Digests
 from halfbyte.model.stored import StoredTensor
 
 Residency = Literal["resident", "streamed"]
@@ -51,7 +52,7 @@ class Unit(NamedTuple):
     """What comes and goes together.
 
     Attributes:
-        name: The layer's name in the model, or `head`.
+        name: The layer's name in the model, `head`, or `embed`.
         parts: Its bytes.
     """
 
@@ -133,6 +134,7 @@ class Streamer:
     Args:
         units: In the order of a forward pass.
         loose: Other mapped weights, such as an embedding of which each pass touches some rows.
+        digests: What the file is to hold; a unit is held against it when its pages come for the first time.
 
     Attributes:
         visits: How often a layer was visited.
@@ -140,8 +142,10 @@ class Streamer:
         waited_seconds: How long layers waited for their pages.
     """
 
-    def __init__(self, units: list[Unit], loose: Unit) -> None:
+    def __init__(self, units: list[Unit], loose: Unit, digests: Digests | None = None) -> None:
         self.units, self.loose = units, loose
+        self._digests = digests
+        self._unchecked = set(digests.units) if digests is not None else set[str]()
         self.visits = self.brought_bytes = 0
         self.waited_seconds = 0.0
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="halfbyte-read-ahead")
@@ -185,18 +189,29 @@ class Streamer:
         for part in unit.parts:
             part.file.bring(part.extent)
         self.brought_bytes += unit.nbytes
+        if self._digests is not None and unit.name in self._unchecked:
+            self._digests.check(unit.name, unit.parts[0].file.bytes_of(self._digests.units[unit.name][0]))
+            self._unchecked.remove(unit.name)
+
+    def check_unvisited(self) -> None:
+        """Hold against the digests what no layer's visit waits for, and let it go."""
+        for unit in (self.loose, *(unit for unit in self.units if unit.name == HEAD)):
+            self._reader.submit(self._bring, unit).result()
+            self._reader.submit(self._let_go, unit).result()
 
     def _let_go(self, unit: Unit) -> None:
         for part in unit.parts:
             part.file.let_go(part.extent)
 
 
-def stream(model: PreTrainedModel, weights: MappedWeights) -> None:
+def stream(model: PreTrainedModel, weights: MappedWeights, digests: Digests | None = None) -> None:
     """Have a model's layers come and go as they are visited.
 
     Args:
         model: Frozen, its weights taken from mapped files.
         weights: These.
+        digests: What their file is to hold, where that is known. A layer that was changed is refused with HB359 when
+            it is first visited.
 
     Raises:
         ModelError: HB370 where too little of it can be streamed, or the system cannot let pages go.
@@ -206,14 +221,15 @@ def stream(model: PreTrainedModel, weights: MappedWeights) -> None:
     head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     owners = {names[id(layer)]: names[id(layer)] for layer in layers}
     if isinstance(head, nn.Module):
-        owners[names[id(head)]] = "head"
+        owners[names[id(head)]] = HEAD
     found = weights.units(owners)
     _refuse_too_little(model, layers, sum(found[names[id(layer)]].nbytes for layer in layers))
     loose = found.pop("")
-    streamer = Streamer(list(found.values()), loose)
+    streamer = Streamer(list(found.values()), loose._replace(name=EMBED), digests)
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(partial(_before, streamer.forward_visit, i))
         layer.register_forward_hook(partial(_after, streamer.backward_visit, i))
+    streamer.check_unvisited()
     setattr(model, _STREAMER, streamer)
 
 
