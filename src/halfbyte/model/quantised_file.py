@@ -156,6 +156,14 @@ class Digests:
         """
         self._check(unit, hashlib.sha256(data).hexdigest())
 
+    def check_stored(self, unit: str) -> None:
+        """Read a unit, and refuse it if it is not what was written.
+
+        Raises:
+            ModelError: HB359.
+        """
+        self._check(unit, digest_of(self.file, self.units[unit][0]))
+
     def check_file(self) -> None:
         """Refuse the file if it was cut, or if its header or its small tensors are others; the rest is not read.
 

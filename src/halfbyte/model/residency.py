@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ModelError
 from halfbyte.model.blocks import repeated_layers
 from halfbyte.model.mapped import Extent, MappedFile, can_let_go, extents_of
-from halfbyte.model.quantised_file import EMBED, HEAD, Digests
+from halfbyte.model.quantised_file import HEAD, Digests
 from halfbyte.model.stored import StoredTensor
 
 Residency = Literal["resident", "streamed"]
@@ -52,7 +52,7 @@ class Unit(NamedTuple):
     """What comes and goes together.
 
     Attributes:
-        name: The layer's name in the model, `head`, or `embed`.
+        name: The layer's name in the model, or `head`.
         parts: Its bytes.
     """
 
@@ -145,7 +145,10 @@ class Streamer:
     def __init__(self, units: list[Unit], loose: Unit, digests: Digests | None = None) -> None:
         self.units, self.loose = units, loose
         self._digests = digests
-        self._unchecked = set(digests.units) if digests is not None else set[str]()
+        known = digests.units if digests is not None else {}
+        self._unchecked = {
+            unit.name for unit in units if unit.name in known and unit.name != HEAD and unit.parts
+        }
         self.visits = self.brought_bytes = 0
         self.waited_seconds = 0.0
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="halfbyte-read-ahead")
@@ -193,12 +196,6 @@ class Streamer:
             self._digests.check(unit.name, unit.parts[0].file.bytes_of(self._digests.units[unit.name][0]))
             self._unchecked.remove(unit.name)
 
-    def check_unvisited(self) -> None:
-        """Hold against the digests what no layer's visit waits for, and let it go."""
-        for unit in (self.loose, *(unit for unit in self.units if unit.name == HEAD)):
-            self._reader.submit(self._bring, unit).result()
-            self._reader.submit(self._let_go, unit).result()
-
     def _let_go(self, unit: Unit) -> None:
         for part in unit.parts:
             part.file.let_go(part.extent)
@@ -225,11 +222,14 @@ def stream(model: PreTrainedModel, weights: MappedWeights, digests: Digests | No
     found = weights.units(owners)
     _refuse_too_little(model, layers, sum(found[names[id(layer)]].nbytes for layer in layers))
     loose = found.pop("")
-    streamer = Streamer(list(found.values()), loose._replace(name=EMBED), digests)
+    if digests is not None:
+        visited = {unit.name for unit in found.values() if unit.name != HEAD and unit.parts}
+        for name in digests.units.keys() - visited:
+            digests.check_stored(name)
+    streamer = Streamer(list(found.values()), loose, digests)
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(partial(_before, streamer.forward_visit, i))
         layer.register_forward_hook(partial(_after, streamer.backward_visit, i))
-    streamer.check_unvisited()
     setattr(model, _STREAMER, streamer)
 
 
