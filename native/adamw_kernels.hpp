@@ -104,12 +104,16 @@ inline void encode_signed(const DynamicMap& map, const float* numbers, float sca
     }
 }
 
-template <class W>
-inline void encode_unsigned(const DynamicMap& map, const float* numbers, float scale, std::uint8_t* codes) {
+// `beside` is called for each place that is encoded: roots and quotients, which keep no other unit waiting.
+template <class W, class Beside>
+inline void encode_unsigned(const DynamicMap& map, const float* numbers, float scale, std::uint8_t* codes,
+                            const Beside& beside) {
     const W factor = reciprocal(scale);
     const Indices<W> indices(map);
-    for (std::int64_t i = 0; i < kStateBlock; i += W::kLanes)
+    for (std::int64_t i = 0; i < kStateBlock; i += W::kLanes) {
+        beside(i);
         indices.of(W::template load<Type::f32>(numbers, i) * factor).store_bytes(codes, i);
+    }
 }
 
 // A whole block, whose arrays may be copies. Many is several of W, for the loops that are one long chain of
@@ -121,24 +125,24 @@ inline void block(const AdamStep& s, float* p, const float* g, std::uint8_t* m_c
     const W m_old = *m_scale, v_old = *v_scale;
     W m_most = 0.0f, v_most = 0.0f;
     for (std::int64_t i = 0; i < kStateBlock; i += W::kLanes) {
-        const W old = W::lookup(s.m_values, m_codes, i) * m_old;
-        const W average = old * W(s.beta1) + W::template load<Type::f32>(g, i) * W(s.m_share);
-        average.template store<Type::f32>(m, i);
-        m_most = larger(m_most, magnitude(average));
-    }
-    for (std::int64_t i = 0; i < kStateBlock; i += W::kLanes) {
-        const W old = W::lookup(s.v_values, v_codes, i) * v_old;
         const W gradient = W::template load<Type::f32>(g, i);
-        const W squares = old * W(s.beta2) + gradient * W(s.v_share) * gradient;
+        const W average = W::lookup(s.m_values, m_codes, i) * m_old * W(s.beta1) + gradient * W(s.m_share);
+        const W squares =
+            W::lookup(s.v_values, v_codes, i) * v_old * W(s.beta2) + gradient * W(s.v_share) * gradient;
+        average.template store<Type::f32>(m, i);
         squares.template store<Type::f32>(v, i);
+        m_most = larger(m_most, magnitude(average));
         v_most = larger(v_most, squares);
-        const W move = W::template load<Type::f32>(m, i) / (square_root(squares) + W(s.eps));
-        (W::template load<Type::f32>(p, i) * W(s.decay) + move * W(s.step)).template store<Type::f32>(p, i);
     }
     *m_scale = largest(m_most);
     *v_scale = largest(v_most);
     encode_signed<Many>(s.m_map, m, *m_scale, m_codes);
-    encode_unsigned<Many>(s.v_map, v, *v_scale, v_codes);
+    encode_unsigned<Many>(s.v_map, v, *v_scale, v_codes, [&](std::int64_t i) {
+        const Many move = Many::template load<Type::f32>(m, i) /
+                          (square_root(Many::template load<Type::f32>(v, i)) + Many(s.eps));
+        (Many::template load<Type::f32>(p, i) * Many(s.decay) + move * Many(s.step))
+            .template store<Type::f32>(p, i);
+    });
 }
 
 // The last block where it is not whole: zeros behind it change neither scale nor codes.

@@ -114,6 +114,7 @@ struct Twice {
     friend Twice at_most(Twice x, float limit) { return {at_most(x.a, limit), at_most(x.b, limit)}; }
     friend Twice smaller(Twice x, Twice y) { return {smaller(x.a, y.a), smaller(x.b, y.b)}; }
     friend Twice magnitude(Twice x) { return {magnitude(x.a), magnitude(x.b)}; }
+    friend Twice square_root(Twice x) { return {square_root(x.a), square_root(x.b)}; }
     using Table = typename W::Table;
     static Table table(const float* eight) { return W::table(eight); }
     static Twice entries(Table table, Twice which) {
