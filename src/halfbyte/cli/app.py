@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from halfbyte import __version__
-from halfbyte.cli import data, doctor, evaluate, quantize, run, settings, train
+from halfbyte.cli import data, doctor, evaluate, plan, quantize, run, settings, train
 from halfbyte.cli.consoles import STDERR, STDOUT
 from halfbyte.errors import HalfbyteError
 
@@ -56,6 +56,7 @@ app.command("run", epilog=run.EXAMPLES)(run.run)
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("quantize", epilog=quantize.EXAMPLES)(quantize.quantize)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(settings.app, name="config")
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)

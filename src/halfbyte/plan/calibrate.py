@@ -57,6 +57,10 @@ class Calibration:
         """What a process takes that uses a model's tokenizer."""
         return self.runtimes[tokenizer_key(config)]
 
+    def on(self, machine: str, speeds: Speeds, date: str) -> Calibration:
+        """What is known of another machine: its speeds, and what a process takes, which is the same there."""
+        return replace(self, machine=machine, date=date, speeds=speeds, passes={})
+
     def timing(self, config: Config, work: Work) -> Timing | None:
         """What passes of a shape took; None where none was timed."""
         return self.passes.get(shape_key(config, work))

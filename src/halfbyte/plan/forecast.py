@@ -20,6 +20,7 @@ from halfbyte.train.memory import HELD_SHARE
 if TYPE_CHECKING:
     import torch
 
+    from halfbyte.model.files import ModelFolder
     from halfbyte.model.residency import Residency
     from halfbyte.plan.calibrate import Calibration
     from halfbyte.settings import Config
@@ -42,7 +43,12 @@ class Machine:
 
 
 def forecast(
-    config: Config, work: Work, calibration: Calibration, machine: Machine, residency: Residency | None
+    config: Config,
+    work: Work,
+    calibration: Calibration,
+    machine: Machine,
+    residency: Residency | None,
+    folder: ModelFolder | None = None,
 ) -> Forecast:
     """What a run will take.
 
@@ -52,12 +58,13 @@ def forecast(
         calibration: Of this machine.
         machine: What it may use; decides what layers keep where the settings do not.
         residency: Where the base is; None where all of it trains.
+        folder: Of the model, where it is not as it is stored.
 
     Raises:
         HalfbyteError: What the run would have raised for these settings.
     """
     sizes = Sizes.of(config.model, dtype_of(config))
-    peak = _peak(config, work, calibration, machine, residency)
+    peak = _peak(config, work, calibration, machine, (residency, folder))
     keeps = Counter(keep.name.lower() for keep in peak.keeps.keeps) if peak.keeps else Counter(all=sizes.layers)
     timing = calibration.timing(config, work)
     if timing is not None:
@@ -87,20 +94,30 @@ def forecast(
 
 
 def _peak(
-    config: Config, work: Work, calibration: Calibration, machine: Machine, residency: Residency | None
+    config: Config,
+    work: Work,
+    calibration: Calibration,
+    machine: Machine,
+    base: tuple[Residency | None, ModelFolder | None],
 ) -> Peak:
     """Memory, with what layers may keep as the run itself will decide it: of what is left beside the base."""
-    runtime = calibration.runtime(config)
+    def peak(activation_bytes: int) -> Peak:
+        return peak_of(
+            config,
+            work.largest,
+            runtime=calibration.runtime(config),
+            activation_bytes=activation_bytes,
+            residency=base[0],
+            folder=base[1],
+        )
+
     given = config.train.activation_memory_gb
     if given is not None:
-        budget = int(given * 1e9)
-    else:
-        least = peak_of(config, work.largest, runtime=runtime, activation_bytes=0, residency=residency)
-        beside = least.memory.base + least.memory.adapters + least.memory.runtime
-        budget = int(HELD_SHARE * max(0, machine.memory_bytes - beside))
-        if least.keeps is None or budget <= least.keeps.peak_bytes:
-            return least
-    return peak_of(config, work.largest, runtime=runtime, activation_bytes=budget, residency=residency)
+        return peak(int(given * 1e9))
+    least = peak(0)
+    beside = least.memory.base + least.memory.adapters + least.memory.runtime
+    budget = int(HELD_SHARE * max(0, machine.memory_bytes - beside))
+    return least if least.keeps is None or budget <= least.keeps.peak_bytes else peak(budget)
 
 
 def disk_bytes_of(config: Config, trainable: int) -> int:

@@ -2,11 +2,10 @@
 
 It owns that call and that imitation; it must not know what the memory is for.
 
-Memory that was freed in the middle of a heap stays resident and is used again where a request fits, so what a process
-takes is more than what lives. Large requests have pages of their own, from a threshold on that grows with each such
-request that is given back.
+Memory that was freed in a heap stays resident and is used again where a request fits, so what a process takes is more
+than what lives. Large requests have pages of their own. That the end of a heap may be cut off is left out: small things that live there keep it from that.
 
-Source: glibc 2.36, malloc/malloc.c: `_int_malloc`, `_int_memalign`, `sysmalloc`, `_int_free`, `systrim`.
+Source: glibc 2.36, malloc/malloc.c: `_int_malloc`, `_int_memalign`, `sysmalloc`, `_int_free`.
 """
 
 from __future__ import annotations
@@ -16,13 +15,16 @@ import sys
 from bisect import bisect_left, insort
 
 PAGE = 4096
-THRESHOLD = 128 << 10
-"""From which size on a request has pages of its own, at a process's beginning."""
+THRESHOLD = 32 << 20
+"""From which size on a request has pages of its own: the most that glibc lets it become. A process begins with less,
+and has given back larger requests once it has read its rows."""
 
-MOST_THRESHOLD = 32 << 20
 ALIGNMENT = 64  # of torch's tensors and the kernels' scratch
 _HEADER = 16
-_TOP_PAD = 128 << 10
+
+
+Block = tuple[int, int]
+"""Begin and size; the begin is negative where a block has pages of its own."""
 
 
 def give_back_freed_memory() -> None:
@@ -39,9 +41,7 @@ class Heap:
         resident: Bytes taken from the system and touched.
     """
 
-    def __init__(self, threshold: int = THRESHOLD) -> None:
-        self._threshold = threshold
-        self._trim = 2 * threshold if threshold > THRESHOLD else THRESHOLD
+    def __init__(self) -> None:
         self._free: list[tuple[int, int]] = []  # (size, begin)
         self._begins: dict[int, int] = {}  # of free blocks: begin -> end
         self._ends: dict[int, int] = {}  # and end -> begin
@@ -54,8 +54,8 @@ class Heap:
         """Bytes that are resident."""
         return self._touched + self._mapped
 
-    def take(self, nbytes: int) -> tuple[int, int]:
-        """A block for so many bytes: (begin, size), with a negative begin where it has pages of its own."""
+    def take(self, nbytes: int) -> Block:
+        """A block for so many bytes."""
         size = -(-(nbytes + _HEADER) // ALIGNMENT) * ALIGNMENT
         asked = size + ALIGNMENT + 2 * _HEADER
         at = bisect_left(self._free, (asked, -1))
@@ -65,7 +65,7 @@ class Heap:
             if found > size:
                 self._insert(begin + size, begin + found)
             return begin, size
-        if nbytes >= self._threshold and self._top + asked > self._touched:
+        if nbytes >= THRESHOLD and self._top + asked > self._touched:
             pages = -(-(nbytes + ALIGNMENT + _HEADER) // PAGE) * PAGE
             self._mapped += pages
             return -1, pages
@@ -74,13 +74,11 @@ class Heap:
         self._touched = max(self._touched, self._top)
         return begin, size
 
-    def give(self, block: tuple[int, int]) -> None:
+    def give(self, block: Block) -> None:
         """Give a block back."""
         begin, size = block
         if begin < 0:
             self._mapped -= size
-            if self._threshold < size <= MOST_THRESHOLD:
-                self._threshold, self._trim = size, 2 * size
             return
         end = begin + size
         if begin in self._ends:
@@ -91,8 +89,6 @@ class Heap:
             self._insert(begin, end)
             return
         self._top = begin
-        if self._touched - self._top >= self._trim:
-            self._touched = self._top + _TOP_PAD
 
     def _insert(self, begin: int, end: int) -> None:
         insort(self._free, (end - begin, begin))

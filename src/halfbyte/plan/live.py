@@ -22,10 +22,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from halfbyte.plan.heap import Heap
+from halfbyte.plan.heap import Block, Heap
 
 Scratch = Callable[..., list[int]]
 """Sizes of the blocks that a kernel takes beside its results, from its arguments."""
+
+OBJECT_BYTES = 700
+"""About what torch keeps of a tensor beside its numbers: the tensor, its storage, its node in the graph. They lie
+between the numbers of others and keep freed memory from growing together."""
+
+HEAP_SLACK = 0.055
+"""Of what comes and goes, how much more a real heap takes than the imitated one: slivers cut off for alignment keep
+its free blocks apart. Measured: bench/forecast.py."""
 
 _SHOWN = 2.0
 """What a number without memory is taken for where code asks: finite, true, and a norm that is clipped."""
@@ -65,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._scratch, self._kinds = scratch, kinds
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._known: dict[int, tuple[weakref.ref[Any], str, int, tuple[int, int]]] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], str, int, tuple[Block, ...]]] = {}
         self._heap = Heap()
         self.live: Counter[str] = Counter()
         self.phase = self.kind = ""
@@ -99,8 +107,8 @@ class LiveBytes(TorchDispatchMode):
         """Count a tensor's storage as of another kind from now on."""
         key = 0 if tensor is None else id(tensor.untyped_storage())
         if key in self._known:
-            ref, before, nbytes, block = self._known[key]
-            self._known[key] = (ref, kind, nbytes, block)
+            ref, before, nbytes, blocks = self._known[key]
+            self._known[key] = (ref, kind, nbytes, blocks)
             self.live[before] -= nbytes
             self.live[kind] += nbytes
 
@@ -142,18 +150,22 @@ class LiveBytes(TorchDispatchMode):
         if key in self._known and self._known[key][0]() is storage:
             return
         ref = weakref.ref(storage, lambda _: self._gone(key))
-        self._known[key] = (ref, kind, nbytes, self._heap.take(nbytes))
+        blocks = (self._heap.take(nbytes), self._heap.take(OBJECT_BYTES))
+        self._known[key] = (ref, kind, nbytes, blocks)
         self.live[kind] += nbytes
         self._look()
 
     def _gone(self, key: int) -> None:
-        _, kind, nbytes, block = self._known.pop(key)
+        _, kind, nbytes, blocks = self._known.pop(key)
         self.live[kind] -= nbytes
-        self._heap.give(block)
+        for block in blocks:
+            self._heap.give(block)
 
     def _look(self, at_work: str = "") -> None:
         mapped = self.mapped.get(at_work, self.mapped[""])
-        resident = self._heap.resident + mapped
+        heap = self._heap.resident
+        churned = heap - self.live["base"] - self.live["adapters"]
+        resident = heap + int(HEAP_SLACK * churned) + mapped
         phase = at_work if at_work == "loss" else self.phase
         if phase not in self.peaks or resident > self.peaks[phase].resident:
             self.peaks[phase] = Moment(phase, resident, self.live + Counter(base=mapped))

@@ -27,12 +27,14 @@ from halfbyte.plan.terms import Memory
 from halfbyte.quant.weight import QuantSpec
 from halfbyte.train.methods import autocast_dtype, make_trainable
 from halfbyte.train.optimizer import build_optimizer, clip_gradients, trainable_parameters
-from halfbyte.train.step import RowNames, StepLoss, TokenLoss, accumulate
+from halfbyte.train.step import RowNames, TokenLoss, accumulate
+from halfbyte.train.trial import try_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from halfbyte.data.pack import Batch
+    from halfbyte.model.files import ModelFolder
     from halfbyte.model.residency import Residency
     from halfbyte.settings import Config
 
@@ -81,7 +83,7 @@ def peak_of(
     runtime: Runtime,
     activation_bytes: int,
     residency: Residency | None,
-    loss: StepLoss | None = None,
+    folder: ModelFolder | None = None,
 ) -> Peak:
     """What a run takes at its peak.
 
@@ -91,18 +93,18 @@ def peak_of(
         runtime: What the process takes beside its model.
         activation_bytes: What layers may hold between forward and backward.
         residency: Where the base is, as `train.methods.chosen_residency` gives it.
-        loss: What a step minimises; None is the loss of tokens.
+        folder: Of the model, where it is not as it is stored.
 
     Raises:
         HalfbyteError: What the run would have raised for these settings.
     """
     live = LiveBytes(SCRATCH, KINDS)
     with _quiet():
-        model = _loaded(config, residency, live)
+        model = _loaded(config, folder or open_for_plan(config.model), residency, live)
         with live, live.doing("load", "adapters"):
             make_trainable(model, config)
         keeps = blocks.plan_memory(model, batch.input_ids.size, activation_bytes)
-        trainable = _train(model, config, batch, live, loss or TokenLoss())
+        trainable = _train(model, config, batch, live)
     moments = live.peaks | {
         "prepare": Moment("prepare", 0, Counter()),
         "close": Moment("close", sum(live.held.values()), live.held),
@@ -116,13 +118,15 @@ def peak_of(
     return Peak(memory, highest, phases, keeps, trainable, live.layer_bytes)
 
 
-def _loaded(config: Config, residency: Residency | None, live: LiveBytes) -> PreTrainedModel:
+def _loaded(
+    config: Config, folder: ModelFolder, residency: Residency | None, live: LiveBytes
+) -> PreTrainedModel:
     spec = QuantSpec(**config.quantization.model_dump()) if config.method == "qlora" else None
     dtype = torch.float32 if config.method == "full" else computing_dtype(config.dtype)
-    return load_without_memory(open_for_plan(config.model), Base(spec, residency), dtype, live)
+    return load_without_memory(folder, Base(spec, residency), dtype, live)
 
 
-def _train(model: PreTrainedModel, config: Config, batch: Batch, live: LiveBytes, loss: StepLoss) -> int:
+def _train(model: PreTrainedModel, config: Config, batch: Batch, live: LiveBytes) -> int:
     """Do as `train.loop` does with every step; numbers that train."""
     model.train()
     parameters = trainable_parameters(model).values()
@@ -130,9 +134,11 @@ def _train(model: PreTrainedModel, config: Config, batch: Batch, live: LiveBytes
         live.call_it(parameter.data, "adapters")
         parameter.register_post_accumulate_grad_hook(lambda p: live.call_it(p.grad, "gradients"))
     autocast = autocast_dtype(config)
-    rows, passes = RowNames(), config.train.gradient_accumulation_steps
+    rows, loss, passes = RowNames(), TokenLoss(), config.train.gradient_accumulation_steps
     with live:
         optimizer = build_optimizer(model, config.train)
+        with live.doing("backward", "activations"):
+            try_step(model, batch, config.train, loss, autocast)
         for _ in range(_STEPS):
             with live.doing("backward", "activations"):
                 for _ in range(min(passes, 2)):

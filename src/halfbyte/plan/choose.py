@@ -1,0 +1,235 @@
+"""Which ways of tuning a model fit a machine, and the one to take.
+
+It owns the list of ways, what fits means, and the order of preference; it must not know how anything is forecast or
+shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from halfbyte.config import load_config
+from halfbyte.errors import HalfbyteError, PlanError
+from halfbyte.model.files import ModelFolder
+from halfbyte.plan.forecast import Machine, dtype_of, forecast
+from halfbyte.plan.loaded import open_for_plan, stored_in_4bit
+from halfbyte.plan.terms import Estimate, Forecast
+from halfbyte.plan.work import Sizes
+
+if TYPE_CHECKING:
+    from halfbyte.model.residency import Residency
+    from halfbyte.plan.calibrate import Calibration
+    from halfbyte.plan.hardware import Hardware
+    from halfbyte.plan.work import Work
+    from halfbyte.settings import Config
+
+Way = Literal["keep", "recompute", "stream"]
+
+KEEP_GB, RECOMPUTE_GB = 1e6, 0.001
+BYTES_4BIT = 0.516  # per weight, with nested scales
+
+WAYS: tuple[tuple[str, Way], ...] = (
+    ("full", "keep"),
+    *((method, way) for method in ("lora", "qlora") for way in ("keep", "recompute", "stream")),
+)
+"""By preference of method: full tuning moves every weight; LoRA keeps the base as it is; QLoRA rounds it to 4 bits."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take.
+
+    Attributes:
+        memory_bytes: Memory.
+        disk_bytes: Disk; None where that is not known.
+        seconds: Time; None for no deadline.
+        cost: Money, in the currency of prices; None for no limit.
+    """
+
+    memory_bytes: int
+    disk_bytes: int | None = None
+    seconds: float | None = None
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way of tuning, what it takes, and what it lacks.
+
+    Attributes:
+        method: full, lora or qlora.
+        way: Whether layers keep what the backward pass needs, compute it again, or come from the disk besides.
+        config: Settings of the run.
+        forecast: What it takes.
+        lacks: What is too little, in words; empty where it fits.
+        before: Commands to be given first.
+    """
+
+    method: str
+    way: Way
+    config: Config
+    forecast: Forecast
+    lacks: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The choice in words."""
+        return f"{self.method}, {self.way}"
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing lacks."""
+        return not self.lacks
+
+
+def choices(
+    config: Config, work: Work, calibration: Calibration, hardware: Hardware, limits: Limits
+) -> tuple[list[Choice], dict[str, str]]:
+    """Every way of tuning, with what it takes.
+
+    Args:
+        config: Settings that all have in common.
+        work: What there is to do.
+        calibration: Of the machine.
+        hardware: The machine.
+        limits: What a run may take.
+
+    Returns:
+        The ways, by preference of method; and those that cannot be, with the reason.
+    """
+    found: list[Choice] = []
+    not_possible: dict[str, str] = {}
+    for method, way in WAYS:
+        try:
+            found.append(_choice(config, method, way, (work, calibration, hardware, limits)))
+        except HalfbyteError as error:
+            not_possible[f"{method}, {way}"] = error.what
+    return found, not_possible
+
+
+def recommended(found: list[Choice]) -> Choice:
+    """Of what fits the method that comes first, and of its ways the fastest.
+
+    Raises:
+        PlanError: HB703 where nothing fits; it names what comes nearest and what that lacks.
+    """
+    fitting = [choice for choice in found if choice.fits]
+    if not fitting:
+        raise nothing_fits(found)
+    best = [choice for choice in fitting if choice.method == fitting[0].method]
+    return min(best, key=lambda choice: choice.forecast.seconds.mid or float("inf"))
+
+
+def nothing_fits(found: list[Choice]) -> PlanError:
+    """The refusal that names the nearest plan."""
+    if not found:
+        return PlanError("HB703", "this model cannot be tuned in any way", fix="see halfbyte plan --json")
+    nearest = min(found, key=lambda choice: (len(choice.lacks), choice.forecast.peak_bytes))
+    return PlanError(
+        "HB703",
+        f"nothing fits; nearest comes {nearest.name}: {'; '.join(nearest.lacks)}",
+        fix="lower data.max_length or train.batch_size, take a smaller model, or give more",
+    )
+
+
+def refuse_what_does_not_fit(config: Config, expected: Forecast, limits: Limits) -> None:
+    """Refuse a run before its model is loaded.
+
+    Args:
+        config: Its settings.
+        expected: What it would take.
+        limits: What it may take.
+
+    Raises:
+        PlanError: HB704 with what lacks, and the settings that would take less.
+    """
+    lacks = _lacks(expected, limits)
+    if not lacks:
+        return
+    less = []
+    if expected.memory.activations > 0.1 * expected.peak_bytes:
+        less.append("lower train.activation_memory_gb, train.batch_tokens or train.batch_size")
+    if config.method != "full" and config.residency != "streamed":
+        less.append("set residency to streamed")
+    if config.method != "qlora":
+        less.append("set method to qlora")
+    raise PlanError(
+        "HB704",
+        f"the run does not fit: {'; '.join(lacks)}",
+        where=f"method {config.method}",
+        fix=f"{', '.join(less) or 'take a smaller model'}; halfbyte plan {config.model} shows what fits",
+    )
+
+
+def _choice(
+    config: Config, method: str, way: Way, given: tuple[Work, Calibration, Hardware, Limits]
+) -> Choice:
+    work, calibration, hardware, limits = given
+    folder = open_for_plan(config.model)
+    before: tuple[str, ...] = ()
+    extra_disk = 0
+    settings: dict[str, Any] = config.model_dump()
+    settings["method"] = method
+    settings["residency"] = {"stream": "streamed"}.get(way, "resident") if method != "full" else "auto"
+    settings["train"]["activation_memory_gb"] = KEEP_GB if way == "keep" else RECOMPUTE_GB
+    if method != "qlora" and stored_in_4bit(folder):
+        raise PlanError("HB705", "the folder holds its weights in 4 bits", fix="use the 16-bit folder")
+    chosen = load_config(None, base=settings)
+    if method == "qlora" and way == "stream" and not stored_in_4bit(folder):
+        target = f"{folder.path}-{config.quantization.format}"
+        before = (f"halfbyte quantize {folder.path} {target}",)
+        sizes = Sizes.of(config.model, dtype_of(chosen))
+        extra_disk = int(sizes.linear * BYTES_4BIT + (sizes.parameters - sizes.linear) * 2)
+        folder = ModelFolder(folder.path, {**folder.config, "quantization_config": {}}, {})
+        settings["model"] = target
+    residency: Residency | None = None
+    if method != "full":
+        residency = "streamed" if way == "stream" else "resident"
+    machine = Machine(limits.memory_bytes, limits.disk_bytes or 0)
+    expected = forecast(chosen, work, calibration, machine, residency, folder)
+    expected = replace(
+        expected, disk_bytes=expected.disk_bytes + extra_disk, cost=_cost(expected.seconds, hardware)
+    )
+    used = settings if way != "keep" else _without_bound(settings)
+    return Choice(
+        method, way, load_config(None, base=used), expected, tuple(_lacks(expected, limits)), before
+    )
+
+
+def _without_bound(settings: dict[str, Any]) -> dict[str, Any]:
+    """Left to the run: where it fits, it keeps all."""
+    return settings | {"train": settings["train"] | {"activation_memory_gb": None}}
+
+
+def _cost(seconds: Estimate, hardware: Hardware) -> Estimate:
+    price = hardware.price
+    if price.mid is None or price.low is None or price.high is None:
+        return Estimate.unknown("USD", price.why)
+    if seconds.mid is None or seconds.low is None or seconds.high is None:
+        return Estimate.unknown("USD", "its time is unknown")
+    each = (seconds.low * price.low, seconds.mid * price.mid, seconds.high * price.high)
+    low, mid, high = (amount / 3600 for amount in each)
+    return Estimate("USD", low, mid, high, "time by price", price.source, price.date)
+
+
+def _lacks(expected: Forecast, limits: Limits) -> list[str]:
+    """What is too little, in words."""
+    found = []
+    if expected.peak_bytes > limits.memory_bytes:
+        found.append(f"{_gb(expected.peak_bytes)} of memory, {_gb(limits.memory_bytes)} may be taken")
+    if limits.disk_bytes is not None and expected.disk_bytes > limits.disk_bytes:
+        found.append(f"{_gb(expected.disk_bytes)} of disk, {_gb(limits.disk_bytes)} are free")
+    seconds = expected.seconds.mid
+    if limits.seconds is not None and (seconds is None or not seconds <= limits.seconds):
+        known = "an unknown time" if seconds is None else f"{seconds / 3600:.1f} h"
+        found.append(f"{known}, the deadline is {limits.seconds / 3600:.1f} h")
+    cost = expected.cost.mid
+    if limits.cost is not None and cost is not None and cost > limits.cost:
+        found.append(f"{cost:.2f} {expected.cost.unit}, the budget is {limits.cost:.2f}")
+    return found
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
