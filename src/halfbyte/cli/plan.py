@@ -36,11 +36,17 @@ def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or a bare config.json.")],
     *,
     data: Annotated[list[str] | None, typer.Option("--data", help="File or folder of rows.")] = None,
-    tokens: Annotated[str, typer.Option("--tokens", help="Tokens to train on, where no data is named.")] = TOKENS,
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="Tokens to train on, where no data is named.")
+    ] = TOKENS,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens per row.")] = MAX_LENGTH,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows per pass.")] = 1,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Settings that all ways have in common.")] = None,
-    hardware: Annotated[str | None, typer.Option("--hardware", help="A machine by name; else this one.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Settings that all ways have in common.")
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", help="A machine by name; else this one.")
+    ] = None,
     memory_gb: Annotated[float | None, typer.Option("--memory-gb", min=0.01, help="Memory to take.")] = None,
     deadline: Annotated[str | None, typer.Option("--deadline", help="Longest training: 90m, 8h, 2d.")] = None,
     budget: Annotated[float | None, typer.Option("--budget", min=0.0, help="Most money, in USD.")] = None,
@@ -138,7 +144,9 @@ def _work(config: Config, data: list[str] | None, tokens: str) -> Work:
     except ValueError:
         count = 0
     if count < 1:
-        raise PlanError("HB706", f"{tokens!r} is no number of tokens", where="--tokens", fix="such as 2000000 or 2e6")
+        raise PlanError(
+            "HB706", f"{tokens!r} is no number of tokens", where="--tokens", fix="such as 2000000 or 2e6"
+        )
     rows = max(1, round(count / config.data.max_length))
     return Work.of([config.data.max_length] * rows, config)
 

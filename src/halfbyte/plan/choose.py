@@ -33,7 +33,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     ("full", "keep"),
     *((method, way) for method in ("lora", "qlora") for way in ("keep", "recompute", "stream")),
 )
-"""By preference of method: full tuning moves every weight; LoRA keeps the base as it is; QLoRA rounds it to 4 bits."""
+"""By preference of method: full tuning moves every weight, LoRA keeps the base as it is, QLoRA rounds it."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _choice(
     if method != "full":
         residency = "streamed" if way == "stream" else "resident"
     machine = Machine(limits.memory_bytes, limits.disk_bytes or 0)
-    expected = forecast(chosen, work, calibration, machine, residency, folder)
+    expected = forecast(chosen, work, calibration, machine, residency, folder=folder)
     expected = replace(
         expected, disk_bytes=expected.disk_bytes + extra_disk, cost=_cost(expected.seconds, hardware)
     )

@@ -1,7 +1,6 @@
 """What a run will take: memory by part, time, disk, from its settings and the lengths of its rows.
 
-It owns how the parts become one forecast, and the refusal of a run that does not fit; it must not know how any part is
-got, nor which other run would fit.
+It owns how the parts become one forecast; it must not know how any part is got, nor which other run would fit.
 """
 
 from __future__ import annotations
@@ -48,6 +47,7 @@ def forecast(
     calibration: Calibration,
     machine: Machine,
     residency: Residency | None,
+    *,
     folder: ModelFolder | None = None,
 ) -> Forecast:
     """What a run will take.
@@ -65,7 +65,9 @@ def forecast(
     """
     sizes = Sizes.of(config.model, dtype_of(config))
     peak = _peak(config, work, calibration, machine, (residency, folder))
-    keeps = Counter(keep.name.lower() for keep in peak.keeps.keeps) if peak.keeps else Counter(all=sizes.layers)
+    keeps = (
+        Counter(keep.name.lower() for keep in peak.keeps.keeps) if peak.keeps else Counter(all=sizes.layers)
+    )
     timing = calibration.timing(config, work)
     if timing is not None:
         seconds = from_timing(timing, sizes, work, keeps)
@@ -76,9 +78,7 @@ def forecast(
         per_layer = peak.layer_bytes
         seconds = with_streaming(seconds, sizes, work, per_layer, calibration.speeds.read_bytes_per_s)
     seconds += of_optimizer(peak.trainable, calibration.speeds)
-    step = estimate(
-        seconds, measured=timing is not None, source=calibration.machine, date=calibration.date
-    )
+    step = estimate(seconds, measured=timing is not None, source=calibration.machine, date=calibration.date)
     later = "halfbyte counts energy and cost when a run has begun"
     return Forecast(
         memory=peak.memory,
@@ -101,6 +101,7 @@ def _peak(
     base: tuple[Residency | None, ModelFolder | None],
 ) -> Peak:
     """Memory, with what layers may keep as the run itself will decide it: of what is left beside the base."""
+
     def peak(activation_bytes: int) -> Peak:
         return peak_of(
             config,

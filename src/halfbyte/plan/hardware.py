@@ -69,15 +69,25 @@ _RENTED = "third-party price lists of 2026 (Mercatus, Citadel): on demand, witho
 NAMED: dict[str, Hardware] = {
     each.name: each
     for each in (
-        _card("h100", (80, 989, 3350, 700), (1.99, 5.00, _RENTED), "NVIDIA H100 SXM data sheet, without sparsity"),
+        _card(
+            "h100",
+            (80, 989, 3350, 700),
+            (1.99, 5.00, _RENTED),
+            "NVIDIA H100 SXM data sheet, without sparsity",
+        ),
         _card("a100-80gb", (80, 312, 2039, 400), (0.80, 3.00, _RENTED), "NVIDIA A100 80GB SXM data sheet"),
         _card("l4", (24, 121, 300, 72), (0.805, 0.805, _RENTED), "NVIDIA L4 data sheet, without sparsity"),
         _card("rtx-4090", (24, 165.2, 1008, 450), None, "NVIDIA Ada architecture paper: sums in float32"),
         _card("rtx-3090", (24, 71, 936, 350), None, "NVIDIA GA102 architecture paper: sums in float32"),
-        _card("ryzen-7950x", (32, 5.1, 83, 170), None, "AMD product page; 3.6 TFLOPS at 70 % in ik_llama.cpp #118"),
+        _card(
+            "ryzen-7950x",
+            (32, 5.1, 83, 170),
+            None,
+            "AMD product page; 3.6 TFLOPS at 70 % in ik_llama.cpp #118",
+        ),
     )
 }
-"""Cards and processors by the names that `--hardware` takes; memory of a processor is an assumption, see --memory-gb."""
+"""Cards and processors by the names that `--hardware` takes; a processor's memory is assumed, see --memory-gb."""
 
 
 def find_hardware(folder: Path) -> Hardware:

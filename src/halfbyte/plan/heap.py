@@ -1,9 +1,10 @@
-"""What a process takes from the system for the memory it asks for: glibc's allocator, told to give back, and imitated.
+"""What a process takes from the system for the memory it asks for: glibc's allocator, told to give back and imitated.
 
 It owns that call and that imitation; it must not know what the memory is for.
 
 Memory that was freed in a heap stays resident and is used again where a request fits, so what a process takes is more
-than what lives. Large requests have pages of their own. That the end of a heap may be cut off is left out: small things that live there keep it from that.
+than what lives. Large requests have pages of their own. That the end of a heap may be cut off is left out: small things
+that live there keep it from that.
 
 Source: glibc 2.36, malloc/malloc.c: `_int_malloc`, `_int_memalign`, `sysmalloc`, `_int_free`.
 """
@@ -16,8 +17,8 @@ from bisect import bisect_left, insort
 
 PAGE = 4096
 THRESHOLD = 32 << 20
-"""From which size on a request has pages of its own: the most that glibc lets it become. A process begins with less,
-and has given back larger requests once it has read its rows."""
+"""From which size on a request has pages of its own: the most that glibc lets it become. A process begins with
+less, and has given back larger requests once it has read its rows."""
 
 ALIGNMENT = 64  # of torch's tensors and the kernels' scratch
 _HEADER = 16

@@ -53,7 +53,7 @@ class Moment(NamedTuple):
     live: Counter[str]
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages made within it, until each is gone.
 
     Args:
@@ -70,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, scratch: Mapping[str, Scratch], kinds: Mapping[str, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._scratch, self._kinds = scratch, kinds
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._known: dict[int, tuple[weakref.ref[Any], str, int, tuple[Block, ...]]] = {}

@@ -1,4 +1,4 @@
-"""A model as loading leaves it, made of tensors without memory: which weights are held, and which lie in mapped files.
+"""A model as loading leaves it, made of tensors without memory: weights that are held, and those in mapped files.
 
 It owns that imitation of loading, its passing buffers included; it must not know training or how memory adds up.
 """

@@ -123,7 +123,8 @@ def _model(config: Config, layers: int) -> PreTrainedModel:
         if config.method != "full":
             model.requires_grad_(False)
         make_trainable(model, config)
-    return model.train()
+    model.train()
+    return model
 
 
 def _fill(model: PreTrainedModel, spec: QuantSpec | None) -> None:

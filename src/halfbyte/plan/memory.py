@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -132,7 +133,8 @@ def _train(model: PreTrainedModel, config: Config, batch: Batch, live: LiveBytes
     parameters = trainable_parameters(model).values()
     for parameter in parameters:
         live.call_it(parameter.data, "adapters")
-        parameter.register_post_accumulate_grad_hook(lambda p: live.call_it(p.grad, "gradients"))
+        hook = partial(_is_gradient, live)
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     autocast = autocast_dtype(config)
     rows, loss, passes = RowNames(), TokenLoss(), config.train.gradient_accumulation_steps
     with live:
@@ -150,6 +152,10 @@ def _train(model: PreTrainedModel, config: Config, batch: Batch, live: LiveBytes
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     return sum(parameter.numel() for parameter in parameters)
+
+
+def _is_gradient(live: LiveBytes, parameter: torch.Tensor) -> None:
+    live.call_it(parameter.grad, "gradients")
 
 
 def _parts(moment: Moment, runtime_bytes: int) -> Memory:

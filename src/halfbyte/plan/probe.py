@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,8 +30,8 @@ TOKENS = 32
 ROWS = 16
 LONGEST_S = 300.0
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json")
-_WORDS = "the cat sat on a mat and saw that it was warm".split()
-_SIZES = {
+_WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "it", "was", "warm"]
+_SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -81,7 +81,9 @@ def measure_runtime(model: Path | None) -> Runtime:
         told = _run(folder)
         example = Example(np.zeros(TOKENS, np.int32), np.ones(TOKENS, bool), None, None, "", "", False)
         nothing = Runtime(0, 0, 0)
-        tiny = peak_of(settings, pack([example]), runtime=nothing, activation_bytes=10**9, residency="resident")
+        tiny = peak_of(
+            settings, pack([example]), runtime=nothing, activation_bytes=10**9, residency="resident"
+        )
     return Runtime(
         told["prepare"],
         told["train"] - max(tiny.phases[phase] for phase in ("backward", "loss", "optimizer")),
@@ -120,7 +122,7 @@ def _write_model(to: Path, model: Path | None) -> None:
         vocabulary = _write_tokenizer(to)
     with torch.random.fork_rng(devices=[]):
         config = LlamaConfig(**_SIZES, vocab_size=vocabulary)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(to)
+        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(to)
 
 
 def _write_tokenizer(to: Path) -> int:

@@ -31,9 +31,7 @@ def linear(a: list[Tensor], factors: list[Any], sizes: list[int], *_: Any) -> li
     """Activations packed once for all that multiply them, and each thread's sums."""
     M = a[0].shape[0]
     found = {
-        (id(x), x.shape[1]): _packed_bytes(x)
-        for i, x in enumerate(a)
-        if M > _FEW_ROWS or sizes[3 * i] == 0
+        (id(x), x.shape[1]): _packed_bytes(x) for i, x in enumerate(a) if M > _FEW_ROWS or sizes[3 * i] == 0
     }
     return [*found.values(), *_sums_of_forward(M)]
 
@@ -43,7 +41,9 @@ def linear_grad(a: list[Tensor], factors: list[Any], sizes: list[int], *_: Any) 
     copies = [
         4 * x.shape[0] * _lanes(x.shape[1], x.dtype)
         for x in a
-        if not (x.dtype == torch.float32 or (_pairs(x.dtype) and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0))
+        if not (
+            x.dtype == torch.float32 or (_pairs(x.dtype) and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0)
+        )
     ]
     each = 4 * _PANELS_AT_ONCE * _PANEL
     return [*copies, *[each * _DEPTH, each * _BACKWARD_ROWS] * torch.get_num_threads()]
@@ -60,10 +60,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, *_: Any) -> li
     return _wave(q, k, documents, rows=1, sums=0)
 
 
-def attention_grad(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, documents: Tensor, *_: Any
-) -> list[int]:
+def attention_grad(*arguments: Any) -> list[int]:
     """Keys and values of a wave of documents as lanes, and the sums of their gradients."""
+    _, q, k, _, _, _, documents, *_ = arguments
     return _wave(q, k, documents, rows=2, sums=2)
 
 

@@ -1,0 +1,103 @@
+"""Promises of the forecast of memory: it counts what real tensors take, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.config import load_config
+from halfbyte.model import blocks
+from halfbyte.plan.heap import THRESHOLD, Heap
+from halfbyte.plan.live import LiveBytes
+from halfbyte.plan.loaded import open_for_plan
+from halfbyte.plan.memory import Peak, Runtime, peak_of
+from halfbyte.plan.scratch import KINDS, SCRATCH
+from halfbyte.plan.work import Sizes, Work
+from halfbyte.settings import Config
+from halfbyte.train.methods import load_base, make_trainable
+from halfbyte.train.step import RowNames, TokenLoss, accumulate
+
+NOTHING = Runtime(0, 0, 0)
+ALL_BYTES = 10**9
+
+
+@pytest.fixture
+def model(shared: Callable[[str], Path]) -> Path:
+    return shared("models/base-11m")
+
+
+def settings(model: Path, *overrides: str) -> Config:
+    base = {"model": str(model), "data": {"train": "rows.jsonl", "max_length": 64}}
+    return load_config(None, ["train.batch_size=2", *overrides], base)
+
+
+def forecast(config: Config, **given: object) -> Peak:
+    told = {"runtime": NOTHING, "activation_bytes": ALL_BYTES, "residency": "resident"} | given
+    return peak_of(config, Work.of([64, 40, 33] * 4, config).largest, **told)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("budget", [0, ALL_BYTES])
+def test_tensors_without_memory_are_counted_as_real_ones_are(model: Path, method: str, budget: int) -> None:
+    config = settings(model, f"method={method}", "dtype=float32")
+    work = Work.of([64, 40, 33] * 4, config)
+    real = load_base(config)
+    make_trainable(real, config)
+    blocks.plan_memory(real, work.largest.input_ids.size, budget)
+    real.train()
+    live = LiveBytes(SCRATCH, KINDS)
+    with live, live.doing("backward", "activations"):
+        accumulate(real, work.largest, work.largest.trained_tokens, RowNames(), TokenLoss())
+    counted = max(live.peaks.values(), key=lambda moment: moment.resident).live
+    residency = None if method == "full" else "resident"
+    found = forecast(config, activation_bytes=budget, residency=residency).memory
+    of_pass = found.activations + found.loss + found.gradients
+    assert of_pass == pytest.approx(sum(counted.values()) - counted["buffers"], rel=0.12)
+    assert found.adapters == sum(p.nbytes for p in real.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("lion", 1), ("sgd", 0)])
+def test_the_optimizers_state_is_in_the_forecast(model: Path, optimizer: str, states: int) -> None:
+    found = forecast(settings(model, f"train.optimizer={optimizer}"))
+    assert found.memory.optimizer == pytest.approx(4 * states * found.trainable, rel=0.01)
+
+
+def test_what_layers_compute_again_is_not_held(model: Path) -> None:
+    config = settings(model)
+    kept, again = forecast(config), forecast(config, activation_bytes=0)
+    assert again.memory.activations < 0.6 * kept.memory.activations
+    assert again.keeps is not None
+    assert {keep.name for keep in again.keeps.keeps} == {"INPUT"}
+
+
+def test_streaming_holds_two_layers(model: Path) -> None:
+    config = settings(model, "method=lora", "dtype=bfloat16")
+    streamed, resident = forecast(config, residency="streamed"), forecast(config)
+    assert streamed.layer_bytes > 0
+    assert streamed.memory.base < resident.memory.base
+    assert resident.memory.base >= Sizes.of(config.model, torch.bfloat16).parameters * 2 * 0.99
+
+
+def test_a_bare_configuration_is_forecast_as_its_folder_is(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    assert not open_for_plan(tmp_path).tensors
+    bare, whole = (forecast(settings(path)).memory for path in (tmp_path, model))
+    assert bare.total == pytest.approx(whole.total, rel=0.02)
+
+
+def test_freed_memory_is_used_again_and_large_blocks_are_given_back() -> None:
+    heap = Heap()
+    first, second = heap.take(1 << 20), heap.take(1 << 20)
+    before = heap.resident
+    heap.give(first)
+    assert heap.resident == before
+    heap.take(1 << 19)
+    assert heap.resident == before
+    large = heap.take(2 * THRESHOLD)
+    assert heap.resident >= before + 2 * THRESHOLD
+    heap.give(large)
+    assert heap.resident == before
+    heap.give(second)
