@@ -61,7 +61,7 @@ def test_a_folder_in_4_bits_is_not_tuned_in_16(call: Call, model: Path, tmp_path
     assert call("quantize", model, tmp_path / "nf4").exit_code == 0
     done = call("plan", tmp_path / "nf4", "--tokens", "1e4", "--max-length", "64", "--json")
     told = json.loads(done.stdout)
-    assert "4 bits" in told["not_possible"]["lora, keep"]
+    assert "4 bits" in told["not_possible"]["lora, keep"]  # HB705
 
 
 def test_a_measure_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_a_deadline_decides(config: Config) -> None:
 
 def test_hardware_that_is_not_known_is_refused_with_a_near_name() -> None:
     assert named_hardware("l4").price.mid == 0.805
-    with pytest.raises(PlanError, match="HB702.*rtx-4090"):
+    with pytest.raises(PlanError, match="(?s)HB702.*rtx-4090"):
         named_hardware("rtx4090")
 
 

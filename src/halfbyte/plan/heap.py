@@ -2,9 +2,9 @@
 
 It owns that call and that imitation; it must not know what the memory is for.
 
-Memory that was freed in a heap stays resident and is used again where a request fits, so what a process takes is more
-than what lives. Large requests have pages of their own. That the end of a heap may be cut off is left out: small things
-that live there keep it from that.
+Memory that was freed in a heap stays resident and is used again where a request fits, so what a process takes is
+more than what lives. Large requests have pages of their own. That the end of a heap may be cut off is left out: small
+things that live there keep it from that.
 
 Source: glibc 2.36, malloc/malloc.c: `_int_malloc`, `_int_memalign`, `sysmalloc`, `_int_free`.
 """

@@ -103,6 +103,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note(made, self.kind, made.untyped_storage().nbytes() if counted else 0)
         return made
 
+    def know(self, tensor: Tensor, kind: str) -> None:
+        """Count a tensor that was there before."""
+        self._note(tensor, kind, tensor.untyped_storage().nbytes())
+
     def call_it(self, tensor: Tensor | None, kind: str) -> None:
         """Count a tensor's storage as of another kind from now on."""
         key = 0 if tensor is None else id(tensor.untyped_storage())
@@ -167,7 +171,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         churned = heap - self.live["base"] - self.live["adapters"]
         resident = heap + int(HEAP_SLACK * churned) + mapped
         phase = at_work if at_work == "loss" else self.phase
-        if phase not in self.peaks or resident > self.peaks[phase].resident:
+        known = self.peaks.get(phase)
+        so_far = (0, 0) if known is None else (known.resident, known.live.total())
+        if (resident, self.live.total() + mapped) > so_far:
             self.peaks[phase] = Moment(phase, resident, self.live + Counter(base=mapped))
 
 

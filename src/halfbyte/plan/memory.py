@@ -114,7 +114,7 @@ def peak_of(
     phases = {
         phase: moment.resident + beside.get(phase, runtime.training) for phase, moment in moments.items()
     }
-    highest = max(phases, key=lambda phase: phases[phase])
+    highest = max(phases, key=lambda phase: (phases[phase], moments[phase].live.total()))
     memory = _parts(moments[highest], beside.get(highest, runtime.training))
     return Peak(memory, highest, phases, keeps, trainable, live.layer_bytes)
 

@@ -97,7 +97,7 @@ class Sizes(NamedTuple):
         layers: How many there are.
         linear: Numbers of the linear layers of all of them.
         head: Numbers of the output head.
-        others: All other numbers: embedding, norms.
+        others: All other numbers: norms, and an embedding that is not the head's too.
         hidden: Width of the stream.
         attention: Numbers of a token's queries.
         stored_bytes: Of the weights in their files, where there are such.
@@ -128,13 +128,12 @@ class Sizes(NamedTuple):
         of_head = getattr(skeleton.get_output_embeddings(), "weight", None)  # type: ignore[no-untyped-call]
         linear = sum(w.count for w in weights if w.slot.linear is not None)
         head = 0 if of_head is None else of_head.numel()
-        tied = of_head is not None and any(len(w.slot.names) > 1 and w.slot.is_embedding for w in weights)
         total = sum(w.count for w in weights)
         return cls(
             layers=len(repeated_layers(skeleton)),
             linear=linear,
             head=head,
-            others=total - linear - (0 if tied else head),
+            others=total - linear - head,
             hidden=hidden,
             attention=heads * int(getattr(config, "head_dim", None) or hidden // heads),
             stored_bytes=sum(tensor.nbytes for tensor in folder.tensors.values()),
