@@ -30,7 +30,6 @@ from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.keep import KeepPlan
 from halfbyte.model.residency import described_residency
 from halfbyte.model.same_base import read_base
-from halfbyte.plan.heap import give_back_freed_memory
 from halfbyte.plan.history import PastRun
 from halfbyte.plan.recorder import Recorder
 from halfbyte.report.noise_scale import noise_scale
@@ -124,7 +123,6 @@ def _run(
         task = prepare(config, progress=part.progress)
         part.say(task.described())
     _note_oddities(task, folder, watch)
-    give_back_freed_memory()  # of the files' text and its encoding; it may be as much as a small model
     with _phase("load model", folder, watch) as part:
         model = task.load(part.progress)
         part.say(described_residency(model))
@@ -136,12 +134,10 @@ def _run(
     _plan_memory(task, model, folder, watch, checkpoint is not None)
 
     display = tracked(watch.training(config.train.log_steps), config, folder.path, watch.note)
-    give_back_freed_memory()
     how = replace(_how(task, model), display=display, resume=checkpoint, is_proven=True)
     how = replace(how, tried=partial(_tell_deviation, folder, watch))
     with folder.phase("train"):
         training = train(model, task.rows.train, task.config.train, how)
-    give_back_freed_memory()
     folder.event("head", **head_route(model)._asdict())
     result = folder / result_name(config)
     with _phase("save", folder, watch) as part:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ConfigError
+from halfbyte.plan.heap import give_back_freed_memory
 
 EVENTS = "events.jsonl"
 MANIFEST = "manifest.json"
@@ -137,7 +138,12 @@ class RunFolder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Log beginning and end of a part of the run and note its wall time, also where it fails."""
+        """Log beginning and end of a part of the run and note its wall time, also where it fails.
+
+        What the part before left free goes back to the system first: the text of files and its encoding may take as
+        much as a small model, and a peak that holds them cannot be forecast.
+        """
+        give_back_freed_memory()
         self.event(name, state="begun")
         began = time.perf_counter()
         try:

@@ -29,7 +29,7 @@ Block = tuple[int, int]
 
 
 def give_back_freed_memory() -> None:
-    """Have the allocator return to the system what is free inside its heap, where it can; nothing that lives moves."""
+    """Have the allocator return to the system what is free in its heap, where it can; nothing that lives moves."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc's; others have none
         trim(0)

@@ -122,8 +122,8 @@ def _write_model(to: Path, model: Path | None) -> None:
         vocabulary = _write_tokenizer(to)
     with torch.random.fork_rng(devices=[]):
         config = LlamaConfig(**_SIZES, vocab_size=vocabulary)
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-        model.save_pretrained(to)
+        tiny = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+        tiny.save_pretrained(to)
 
 
 def _write_tokenizer(to: Path) -> int:
