@@ -75,7 +75,7 @@ class Run:
         tokens: Of a step.
         r: Rank.
         residency: Where the base is.
-        memory_gb: What the run is told it may take.
+        activations_gb: What its layers may hold for the backward pass.
         most_gib: What it may take; None where nothing is promised.
         optimizer: Of the settings.
     """
@@ -84,7 +84,7 @@ class Run:
     tokens: int
     r: int
     residency: str
-    memory_gb: float
+    activations_gb: float
     most_gib: float | None
     optimizer: str = "adamw"
 
@@ -95,14 +95,14 @@ class Run:
 
 
 RUNS = (
-    Run("65B", 256, 16, "streamed", 8.3, 8.0),
-    Run("65B", 256, 64, "streamed", 12.6, 12.0, "paged_adamw_8bit"),
-    Run("7B", 512, 16, "streamed", 1.68, 1.6),
-    Run("7B", 2048, 16, "streamed", 2.75, 2.6),
-    Run("7B", 512, 16, "resident", 5.3, 5.0),
-    Run("7B", 2048, 16, "resident", 6.5, None),
+    Run("65B", 256, 16, "streamed", 3.2, 8.0),
+    Run("65B", 256, 64, "streamed", 3.4, 12.0, "paged_adamw_8bit"),
+    Run("7B", 512, 16, "streamed", 0.2, 1.6),
+    Run("7B", 2048, 16, "streamed", 0.85, 2.6),
+    Run("7B", 512, 16, "resident", 0.2, 5.0),
+    Run("7B", 2048, 16, "resident", 0.85, None),
 )
-QUICK = (Run("110M", 128, 16, "streamed", 2.0, None), Run("110M", 128, 16, "resident", 2.0, None))
+QUICK = (Run("110M", 128, 16, "streamed", 0.2, None), Run("110M", 128, 16, "resident", 0.2, None))
 
 
 def measure(quick: bool) -> Iterator[Figure]:
@@ -163,7 +163,6 @@ def train(each: Run, base: Path) -> tuple[Watched, float]:
     settings = {
         "model": str(base),
         "residency": each.residency,
-        "memory_gb": each.memory_gb,
         "output_dir": str(out),
         "dtype": "bfloat16",
         "lora": {"r": each.r, "alpha": 16},
