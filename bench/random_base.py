@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 from halfbyte.model.files import WEIGHTS, ModelFolder
 from halfbyte.model.linear4bit import Linear4bit, features
-from halfbyte.model.saving import entries, units_of, write_beside
+from halfbyte.model.saving import entries, units_of, write_origin, write_settings
 from halfbyte.model.skeleton import build_skeleton, slots
 from halfbyte.quant.codebook import codebook, dynamic_map
 from halfbyte.quant.weight import QuantSpec, Weight4bit
@@ -65,7 +65,9 @@ def make_base(folder: Path, config: dict[str, Any], tokenizer: Path, seed: int) 
     with FileWriter(folder / WEIGHTS, layout) as writer:
         for name in layout.tensors:
             writer.put(name, _values(name, tensors[name], random))
-        write_beside(model, folder, writer.finish())
+        digests = writer.finish()
+    write_settings(model, folder)
+    write_origin(model, folder, None, digests)
     for file in tokenizer.iterdir():
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
