@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from halfbyte.model.quantised_file import lay_out
-from halfbyte.model.quantised_writer import FileWriter
 from torch import Tensor
 from transformers import AutoConfig
 
 from halfbyte.model.files import WEIGHTS, ModelFolder
 from halfbyte.model.linear4bit import Linear4bit, features
+from halfbyte.model.quantised_file import lay_out
+from halfbyte.model.quantised_writer import FileWriter
 from halfbyte.model.saving import entries, units_of, write_origin, write_settings
 from halfbyte.model.skeleton import build_skeleton, slots
 from halfbyte.quant.codebook import codebook, dynamic_map

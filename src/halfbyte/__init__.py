@@ -10,12 +10,13 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from halfbyte.version import __version__
+
 if TYPE_CHECKING:
     from halfbyte.model.hf_quantizer import HalfbyteConfig
     from halfbyte.model.public import add_lora, load, save_adapter
     from halfbyte.pipeline import run
 
-__version__ = "0.1.0"
 __all__ = ["HalfbyteConfig", "__version__", "add_lora", "load", "run", "save_adapter"]
 
 _HOMES = {

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte import __version__
 from halfbyte.data.fingerprint import FILE as FINGERPRINT
 from halfbyte.errors import KernelError, ModelError
 from halfbyte.model.files import WEIGHTS, ModelFolder, open_model_folder
@@ -64,6 +63,7 @@ from halfbyte.model.skeleton import build_skeleton
 from halfbyte.model.stored import StoredTensor
 from halfbyte.quant.formats import entry_names, to_bitsandbytes
 from halfbyte.quant.weight import QuantSpec, Weight4bit
+from halfbyte.version import __version__
 
 JOURNAL = "quantize.journal"
 PIECE_BYTES = 1 << 24

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from halfbyte import __version__
 from halfbyte.data.cache import cache_folder, key_of
 from halfbyte.kernels import native
 from halfbyte.plan.loaded import open_for_plan
@@ -28,6 +27,7 @@ from halfbyte.plan.memory import Runtime
 from halfbyte.plan.probe import measure_runtime
 from halfbyte.plan.time import Speeds, Timing
 from halfbyte.plan.work import Sizes, Work
+from halfbyte.version import __version__
 
 if TYPE_CHECKING:
     from halfbyte.settings import Config
