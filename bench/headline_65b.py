@@ -179,6 +179,7 @@ def train(each: Run, base: Path) -> tuple[Watched, float]:
             "max_steps": STEPS,
             "optimizer": each.optimizer,
             "log_steps": 1,
+            "activation_memory_gb": each.activations_gb,
         },
     }
     recipe = FOLDER / "recipe.yaml"

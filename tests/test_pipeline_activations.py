@@ -10,12 +10,12 @@ from rich.console import Console
 from tests.short_runs import VARIED, Make, Shared, read_lines, settings_in
 from tests.test_pipeline_resume import _cut
 
-from halfbyte import pipeline
 from halfbyte.errors import ConfigError
 from halfbyte.model import blocks, packed
 from halfbyte.model.speeds import Speeds
 from halfbyte.pipeline import RunResult, rehearse, run
 from halfbyte.report.watch import Watch
+from halfbyte.tasks import keeping
 
 WEIGHTS = "adapter_model.safetensors"
 TIGHT = "train.activation_memory_gb=0.0004"  # of about 0.0007 GB that the layers' all would take
@@ -88,12 +88,12 @@ def test_a_cut_run_in_8_bits_goes_on_to_the_same_adapter_with_other_free_memory(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = ("train.activations=8bit", "train.save_steps=2", "lora.dropout=0.2")
-    monkeypatch.setattr(pipeline, "activation_budget_bytes", lambda _: 400_000)
+    monkeypatch.setattr(keeping, "activation_budget_bytes", lambda *_: 400_000)
     whole = run(make(f"output_dir={tmp_path / 'whole'}", *same), evaluate=False)
     assert "eight_bit" in event(whole, "memory")["keeps"]
     config = make(*same)
     _cut(config, 5)
-    monkeypatch.setattr(pipeline, "activation_budget_bytes", lambda _: 10**9)
+    monkeypatch.setattr(keeping, "activation_budget_bytes", lambda *_: 10**9)
     resumed = run(config, evaluate=False, resume=True)
     assert (resumed.result / WEIGHTS).read_bytes() == (whole.result / WEIGHTS).read_bytes()
     other = run(make(f"output_dir={tmp_path / 'other'}", *same), evaluate=False)

@@ -27,7 +27,6 @@ from halfbyte.model.files import open_model_folder
 from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
-from halfbyte.model.keep import KeepPlan
 from halfbyte.model.residency import described_residency
 from halfbyte.model.same_base import read_base
 from halfbyte.plan.history import PastRun
@@ -38,13 +37,13 @@ from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.trackers import check_installed, tracked
 from halfbyte.report.watch import Part, Watch
 from halfbyte.settings import Config
+from halfbyte.tasks.keeping import choose_kept
 from halfbyte.tasks.known import prepare
 from halfbyte.tasks.task import Task
 from halfbyte.train.checkpoint import Checkpoint, last_good
 from halfbyte.train.deviation import MUCH
 from halfbyte.train.loop import TrainRun, train
 from halfbyte.train.loop import rehearse as rehearse_training
-from halfbyte.train.memory import activation_budget_bytes
 from halfbyte.train.methods import (
     ModelSize,
     autocast_dtype,
@@ -213,7 +212,7 @@ def rehearse(config: Config, overwrite: bool = False, *, watch: Watch | None = N
     with watch.part("try a step") as part:
         make_trainable(model, config)
         task.begin(model, part.progress)
-        _choose_kept(task, model)
+        choose_kept(task, model)
         with enough_memory("measuring the longest held-out rows"):
             task.longest_held_out().measure(model, part.progress)
         trial = rehearse_training(model, task.rows.train, task.config.train, _how(task, model))
@@ -319,28 +318,12 @@ def _plan_memory(
                 part.say(f"{kind.layers} {kind.type} are not fused: {kind.why}")
         lossy = task.config.train.activations == "8bit"
         earlier = folder.last("memory") if is_resumed and lossy else None
-        plan, tokens = _choose_kept(task, model, earlier["keeps"] if earlier else None)
+        plan, tokens = choose_kept(task, model, earlier["keeps"] if earlier else None)
         if plan is not None:
             folder.event("memory", tokens=tokens, **plan.as_dict())
             part.say(plan.described())
         elif task.config.train.activations != "exact":
             part.say(f"train.activations: {task.config.train.activations} is for fused layers alone")
-
-
-def _choose_kept(
-    task: Task[Any], model: PreTrainedModel, earlier: list[str] | None = None
-) -> tuple[KeepPlan | None, int]:
-    """Have layers keep what memory allows at the largest batch; that plan, and the batch's tokens."""
-    tokens, settings = task.plan().order.most_tokens, task.config.train
-    plan = blocks.plan_memory(
-        model,
-        tokens,
-        activation_budget_bytes(settings.activation_memory_gb),
-        activations=settings.activations,
-        folder=Path(task.config.output_dir),
-        earlier=earlier,
-    )
-    return plan, tokens
 
 
 def _tell_deviation(folder: RunFolder, watch: Watch, trial: Trial) -> None:

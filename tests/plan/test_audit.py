@@ -162,7 +162,7 @@ def test_a_model_in_4_bits_is_said_to_be_so(shared: Shared, tmp_path: Path, smal
     assert found.in_4bit == "nf4"
     assert found.bytes_4bit == found.bytes_now
     assert (found.error_absmax, found.error_mse) == (None, None)
-    assert [m.shape for m in found.matrices] == [m.shape for m in small.matrices]
+    assert sorted(m.shape for m in found.matrices) == sorted(m.shape for m in small.matrices)
     assert found.parameters == small.parameters
     assert found.directions(90) == pytest.approx(small.directions(90), abs=0.05)
     assert found.expectations()[0].startswith("It is in nf4 already")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from halfbyte.train.memory import HELD_SHARE, activation_budget_bytes, available_bytes
 
 
@@ -44,3 +46,13 @@ def test_a_setting_decides_over_what_is_free():
     assert activation_budget_bytes(1.5) == 1_500_000_000
     free = available_bytes()
     assert 0.5 * HELD_SHARE * free <= activation_budget_bytes(None) <= 2 * HELD_SHARE * free
+
+
+def test_a_bound_on_the_process_leaves_out_what_it_has_and_what_will_come() -> None:
+    free = activation_budget_bytes(None)
+    bounded = activation_budget_bytes(None, memory_gb=8.0)
+    assert 0 < bounded <= HELD_SHARE * 8e9
+    less = activation_budget_bytes(None, memory_gb=8.0, to_come_bytes=10**9)
+    assert bounded - less == pytest.approx(HELD_SHARE * 1e9, rel=0.05)
+    assert activation_budget_bytes(None, memory_gb=0.001) == 0
+    assert activation_budget_bytes(None, memory_gb=1e6) == pytest.approx(free, rel=0.05)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfbyte.cli.consoles import STDERR, STDOUT, print_json
+from halfbyte.cli.recipe import Json
 from halfbyte.errors import PlanError
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ EXAMPLES = (
     "halfbyte plan models/base --data rows.jsonl --out recipe.yaml\n\n"
     "halfbyte plan models/base/config.json --tokens 2000000 --max-length 2048 --memory-gb 16\n\n"
     "halfbyte plan models/base --tokens 5e6 --deadline 8h\n\n"
-    "halfbyte plan models/base --tokens 5e6 --hardware l4 --budget 5"
+    "halfbyte plan models/base --tokens 5e6 --hardware l4 --budget 5\n\n"
+    "halfbyte plan --audit models\n\n"
+    "halfbyte plan --history"
 )
 TOKENS = "1e6"
 MAX_LENGTH = 1024
@@ -33,7 +36,13 @@ _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or a bare config.json.")],
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Model folder, or a bare config.json; with --audit and --history any folders.",
+        ),
+    ] = None,
     *,
     data: Annotated[list[str] | None, typer.Option("--data", help="File or folder of rows.")] = None,
     tokens: Annotated[
@@ -52,29 +61,27 @@ def plan(
     budget: Annotated[float | None, typer.Option("--budget", min=0.0, help="Most money, in USD.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the recommended recipe here.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine anew.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Rank model folders for 4 bits and low-rank tuning.")
+    ] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="What past runs took against their forecasts.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Forecast memory, time, cost and disk of every way to tune a model, and recommend one that fits."""
-    from halfbyte.plan.calibrate import calibrate as measured
-    from halfbyte.plan.choose import Limits, choices, nothing_fits, recommended
-    from halfbyte.plan.forecast import dtype_of
+    if audit or history:
+        _look_at([Path(each) for each in folders or ()], audit, history, as_json)
+        return
+    if not folders or len(folders) > 1:
+        raise typer.BadParameter("name one model", param_hint="MODEL")
+    from halfbyte.plan.choose import nothing_fits, recommended
     from halfbyte.plan.hardware import find_hardware, named_hardware
-    from halfbyte.plan.work import Sizes
 
-    seconds = None if deadline is None else seconds_of(deadline)
-    config = _settings(model, recipe, data, (max_length, batch))
+    config = _settings(folders[0], recipe, data, (max_length, batch))
     machine = find_hardware(Path(config.output_dir)) if hardware is None else named_hardware(hardware)
-    work = _work(config, data, tokens)
-    sizes = Sizes.of(config.model, dtype_of(config))
-    with STDERR.status("measuring this machine (a few seconds, once)"):
-        calibration = measured(config, work, sizes, again=calibrate)
-    if machine.speeds is not None:
-        calibration = calibration.on(machine.name, machine.speeds, machine.date)
-    limit = int(memory_gb * 1e9) if memory_gb is not None else machine.memory_bytes
-    if machine.is_here:
-        limit = min(limit, machine.memory_bytes)
-    limits = Limits(limit, machine.disk_bytes, seconds, budget)
-    found, impossible = choices(config, work, calibration, machine, limits)
+    limits = _limits(machine, memory_gb, deadline, budget)
+    found, impossible = _choices(config, _work(config, data, tokens), (machine, limits), calibrate)
     best = recommended(found) if any(choice.fits for choice in found) else None
     if as_json:
         print_json(_as_json(found, impossible, best, machine))
@@ -85,6 +92,47 @@ def plan(
     if out is not None:
         out.write_text(recipe_text(best), encoding="utf-8")
         STDERR.print(f"The recipe is in {out}.", markup=False, highlight=False)
+
+
+def _limits(machine: Hardware, memory_gb: float | None, deadline: str | None, budget: float | None) -> Limits:
+    """What may be taken; never more memory than this machine has free."""
+    from halfbyte.plan.choose import Limits
+
+    limit = int(memory_gb * 1e9) if memory_gb is not None else machine.memory_bytes
+    if machine.is_here:
+        limit = min(limit, machine.memory_bytes)
+    return Limits(limit, machine.disk_bytes, None if deadline is None else seconds_of(deadline), budget)
+
+
+def _choices(
+    config: Config, work: Work, on: tuple[Hardware, Limits], again: bool
+) -> tuple[list[Choice], dict[str, str]]:
+    """Every way of tuning on a machine, measured or of the table."""
+    from halfbyte.plan.calibrate import calibrate
+    from halfbyte.plan.choose import choices
+    from halfbyte.plan.forecast import dtype_of
+    from halfbyte.plan.work import Sizes
+
+    machine, limits = on
+    with STDERR.status("measuring this machine (a few seconds, once)"):
+        calibration = calibrate(config, work, Sizes.of(config.model, dtype_of(config)), again=again)
+    if machine.speeds is not None:
+        calibration = calibration.on(machine.name, machine.speeds, machine.date)
+    return choices(config, work, calibration, machine, limits)
+
+
+def _look_at(folders: list[Path], audit: bool, history: bool, as_json: bool) -> None:
+    """Print what models or past runs are like instead of a plan."""
+    from halfbyte.cli import plan_audit, plan_history
+
+    if audit and history:
+        raise typer.BadParameter("look at models, or at past runs: not both", param_hint="--audit")
+    if history:
+        plan_history.history(folders, as_json=as_json)
+        return
+    if not folders:
+        raise typer.BadParameter("name the folders of the models", param_hint="--audit")
+    plan_audit.audit(folders, as_json=as_json)
 
 
 def seconds_of(deadline: str) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from halfbyte.config import load_config
 from halfbyte.errors import HalfbyteError, PlanError
 from halfbyte.model.files import ModelFolder
+from halfbyte.plan.energy import energy_of
 from halfbyte.plan.forecast import Machine, dtype_of, forecast
 from halfbyte.plan.loaded import open_for_plan, stored_in_4bit
 from halfbyte.plan.terms import Estimate, Forecast
@@ -189,9 +190,11 @@ def _choice(
         residency = "streamed" if way == "stream" else "resident"
     machine = Machine(limits.memory_bytes, limits.disk_bytes or 0)
     expected = forecast(chosen, work, calibration, machine, residency, folder=folder)
-    expected = replace(
-        expected, disk_bytes=expected.disk_bytes + extra_disk, cost=_cost(expected.seconds, hardware)
-    )
+    expected = replace(expected, disk_bytes=expected.disk_bytes + extra_disk)
+    if not hardware.is_here:
+        expected = replace(
+            expected, energy=_energy(expected.seconds, hardware), cost=_cost(expected.seconds, hardware)
+        )
     used = settings if way != "keep" else _without_bound(settings)
     return Choice(
         method, way, load_config(None, base=used), expected, tuple(_lacks(expected, limits)), before
@@ -201,6 +204,16 @@ def _choice(
 def _without_bound(settings: dict[str, Any]) -> dict[str, Any]:
     """Left to the run: where it fits, it keeps all."""
     return settings | {"train": settings["train"] | {"activation_memory_gb": None}}
+
+
+def _energy(seconds: Estimate, hardware: Hardware) -> Estimate:
+    """Of a machine of the table, at full load: no more than that."""
+    if hardware.power_watts is None:
+        return Estimate.unknown("Wh", f"no power figure of {hardware.name} is listed")
+    power = Estimate(
+        "W", 0.5 * hardware.power_watts, 0.8 * hardware.power_watts, hardware.power_watts, "table"
+    )
+    return energy_of(seconds, power._replace(source=hardware.source, date=hardware.date))
 
 
 def _cost(seconds: Estimate, hardware: Hardware) -> Estimate:

@@ -9,16 +9,20 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from halfbyte.model.precision import computing_dtype
+from halfbyte.plan.calibrate import processor_name
+from halfbyte.plan.cost import cost_of
+from halfbyte.plan.energy import energy_of, power_of
 from halfbyte.plan.memory import Peak, peak_of
-from halfbyte.plan.terms import Estimate, Forecast
+from halfbyte.plan.terms import Forecast
 from halfbyte.plan.time import estimate, from_timing, of_optimizer, operations, with_streaming
 from halfbyte.plan.work import Sizes, Work
 from halfbyte.train.memory import HELD_SHARE
+from halfbyte.train.optimizer import state_bytes
 
 if TYPE_CHECKING:
-    import torch
-
     from halfbyte.model.files import ModelFolder
     from halfbyte.model.residency import Residency
     from halfbyte.plan.calibrate import Calibration
@@ -79,15 +83,17 @@ def forecast(
         seconds = with_streaming(seconds, sizes, work, per_layer, calibration.speeds.read_bytes_per_s)
     seconds += of_optimizer(peak.trainable, calibration.speeds)
     step = estimate(seconds, measured=timing is not None, source=calibration.machine, date=calibration.date)
-    later = "halfbyte counts energy and cost when a run has begun"
+    seconds_in_all = step.times(work.steps)
+    power = power_of(processor_name(), torch.get_num_threads(), config.cost.machine_watts)
+    energy = energy_of(seconds_in_all, power)
     return Forecast(
         memory=peak.memory,
         phase=peak.phase,
         steps=work.steps,
         step_seconds=step,
-        seconds=step.times(work.steps),
-        energy=Estimate.unknown("Wh", later),
-        cost=Estimate.unknown("EUR", later),
+        seconds=seconds_in_all,
+        energy=energy,
+        cost=cost_of(seconds_in_all, energy, config.cost),
         disk_bytes=disk_bytes_of(config, peak.trainable),
         assumptions=_assumptions(config, work, peak, residency),
     )
@@ -116,7 +122,9 @@ def _peak(
     if given is not None:
         return peak(int(given * 1e9))
     least = peak(0)
-    beside = least.memory.base + least.memory.adapters + least.memory.runtime
+    state = state_bytes(config.train.optimizer, [least.trainable])
+    to_come = 4 * least.trainable + state.memory + state.buffers
+    beside = least.memory.base + least.memory.adapters + least.memory.runtime + to_come
     budget = int(HELD_SHARE * max(0, machine.memory_bytes - beside))
     return least if least.keeps is None or budget <= least.keeps.peak_bytes else peak(budget)
 
@@ -135,8 +143,6 @@ def disk_bytes_of(config: Config, trainable: int) -> int:
 
 def dtype_of(config: Config) -> torch.dtype:
     """What everything is held in that is not in 4 bits."""
-    import torch
-
     return torch.float32 if config.method == "full" else computing_dtype(config.dtype)
 
 

@@ -79,15 +79,9 @@ NAMED: dict[str, Hardware] = {
         _card("l4", (24, 121, 300, 72), (0.805, 0.805, _RENTED), "NVIDIA L4 data sheet, without sparsity"),
         _card("rtx-4090", (24, 165.2, 1008, 450), None, "NVIDIA Ada architecture paper: sums in float32"),
         _card("rtx-3090", (24, 71, 936, 350), None, "NVIDIA GA102 architecture paper: sums in float32"),
-        _card(
-            "ryzen-7950x",
-            (32, 5.1, 83, 170),
-            None,
-            "AMD product page; 3.6 TFLOPS at 70 % in ik_llama.cpp #118",
-        ),
     )
 }
-"""Cards and processors by the names that `--hardware` takes; a processor's memory is assumed, see --memory-gb."""
+"""Cards by the names that `--hardware` takes."""
 
 
 def find_hardware(folder: Path) -> Hardware:

@@ -9,16 +9,34 @@ import os
 from pathlib import Path
 
 HELD_SHARE = 0.6
-"""Of the free memory, for what layers hold; the rest is for gradients, logits, the optimizer, and others."""
+"""Of the memory that is left, for what layers hold; the rest is for logits, what passes through, and others."""
 
 
-def activation_budget_bytes(setting_gb: float | None) -> int:
+def activation_budget_bytes(
+    setting_gb: float | None, memory_gb: float | None = None, to_come_bytes: int = 0
+) -> int:
     """Bytes that layers may hold between forward and backward.
 
     Args:
-        setting_gb: `train.activation_memory_gb`; None takes its share of the free memory.
+        setting_gb: `train.activation_memory_gb`; None takes its share of the memory that is left.
+        memory_gb: What the whole process may take; None is all that is free.
+        to_come_bytes: What is not there yet and will stay: gradients and the optimizer's state.
     """
-    return int(HELD_SHARE * available_bytes()) if setting_gb is None else int(setting_gb * 1e9)
+    if setting_gb is not None:
+        return int(setting_gb * 1e9)
+    room = available_bytes()
+    if memory_gb is not None:
+        room = min(room, int(memory_gb * 1e9) - _resident_bytes())
+    return int(HELD_SHARE * max(0, room - to_come_bytes))
+
+
+def _resident_bytes() -> int:
+    """What this process has in memory; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
 
 
 def available_bytes(root: Path = Path("/")) -> int:

@@ -184,6 +184,13 @@ def state_bytes(optimizer: Optimizer, counts: Sequence[int]) -> StateBytes:
     return StateBytes(inside + _STEP_BYTES * len(counts), disk, buffers)
 
 
+def to_come_bytes(model: torch.nn.Module, config: TrainConfig) -> int:
+    """What training will hold besides the weights: their gradients, and the optimizer's state."""
+    counts = [parameter.numel() for parameter in trainable_parameters(model).values()]
+    state = state_bytes(config.optimizer, counts)
+    return 4 * sum(counts) + state.memory + state.buffers
+
+
 _STEP_BYTES = 4  # a float32 that counts
 
 
