@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tests.short_runs import Make, Shared, read_json, settings_in
+from tests.short_runs import Make, Shared, read_json, read_lines, settings_in
 
 from halfbyte.errors import ModelError
 from halfbyte.model.loading import load
@@ -40,6 +40,10 @@ def test_a_streamed_base_gives_the_adapter_that_a_resident_one_gives(make: Make,
         found[how]["loss"] = torch.tensor(losses, dtype=torch.float64)
     assert found["resident"].keys() == found["streamed"].keys()
     assert all(torch.equal(found["resident"][name], found["streamed"][name]) for name in found["resident"])
+    (streamed,) = [e for e in read_lines(tmp_path / "streamed" / "events.jsonl") if e["event"] == "streamed"]
+    assert streamed["visits"] > 0
+    assert streamed["brought_bytes"] > 0
+    assert streamed["waited_seconds"] >= 0
     assert "the base is in memory" in printed.getvalue()
     assert "the base is streamed: two layers of" in printed.getvalue()
 

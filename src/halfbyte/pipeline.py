@@ -27,7 +27,7 @@ from halfbyte.model.files import open_model_folder
 from halfbyte.model.fingerprints import read_fingerprint, refuse_other_template
 from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
-from halfbyte.model.residency import described_residency
+from halfbyte.model.residency import described_residency, streamer_of
 from halfbyte.model.same_base import read_base
 from halfbyte.plan.history import PastRun
 from halfbyte.plan.recorder import Recorder
@@ -138,6 +138,8 @@ def _run(
     with folder.phase("train"):
         training = train(model, task.rows.train, task.config.train, how)
     folder.event("head", **head_route(model)._asdict())
+    if streamer := streamer_of(model):
+        folder.event("streamed", **streamer.counts())
     result = folder / result_name(config)
     with _phase("save", folder, watch) as part:
         task.save(model, result)

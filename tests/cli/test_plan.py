@@ -68,3 +68,15 @@ def test_a_measure_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfbyte.plan.probe._SCRIPT", "raise SystemExit('no memory')")
     with pytest.raises(PlanError, match="HB701.*no memory"):
         measure_runtime(None)
+
+
+def test_the_same_verb_looks_at_models_and_at_past_runs(call: Call, model: Path, tmp_path: Path) -> None:
+    told = json.loads(call("plan", "--audit", model, "--json").stdout)
+    assert [Path(each["folder"]).name for each in told["audits"]] == [model.name]
+    (tmp_path / "runs").mkdir()
+    assert json.loads(call("plan", "--history", tmp_path / "runs", "--json").stdout)["runs"] == []
+
+
+@pytest.mark.parametrize("given", [(), ("a", "b"), ("--audit",), ("--audit", "--history", "a")])
+def test_what_is_to_be_looked_at_is_named(call: Call, given: tuple[str, ...]) -> None:
+    assert call("plan", *given).exit_code == 2

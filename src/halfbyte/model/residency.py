@@ -166,6 +166,14 @@ class Streamer:
         """The i-th unit is about to be used in a backward pass."""
         self._visit(i, i - 1)
 
+    def counts(self) -> dict[str, float]:
+        """What was done so far, for a run's record."""
+        return {
+            "visits": self.visits,
+            "brought_bytes": self.brought_bytes,
+            "waited_seconds": self.waited_seconds,
+        }
+
     def let_go(self) -> None:
         """Let go of everything, where the model is not used for a while."""
         for i in [*self._held]:
