@@ -95,12 +95,12 @@ class Run:
 
 
 RUNS = (
-    Run("65B", 256, 16, "streamed", 3.2, 8.0),
-    Run("65B", 256, 64, "streamed", 3.4, 12.0, "paged_adamw_8bit"),
-    Run("7B", 512, 16, "streamed", 0.2, 1.6),
-    Run("7B", 2048, 16, "streamed", 0.85, 2.6),
-    Run("7B", 512, 16, "resident", 0.2, 5.0),
-    Run("7B", 2048, 16, "resident", 0.85, None),
+    Run("65B", 256, 16, "streamed", 4.5, 8.0, "adamw_8bit"),
+    Run("65B", 256, 64, "streamed", 5.5, 12.0, "paged_adamw_8bit"),
+    Run("7B", 512, 16, "streamed", 0.2, 1.6, "adamw_8bit"),
+    Run("7B", 2048, 16, "streamed", 0.85, 2.6, "adamw_8bit"),
+    Run("7B", 512, 16, "resident", 0.2, 5.0, "adamw_8bit"),
+    Run("7B", 2048, 16, "resident", 0.85, None, "adamw_8bit"),
 )
 QUICK = (Run("110M", 128, 16, "streamed", 0.2, None), Run("110M", 128, 16, "resident", 0.2, None))
 
