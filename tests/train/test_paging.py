@@ -175,7 +175,8 @@ def test_a_run_killed_while_paging_goes_on_to_the_same_bits_and_leaves_no_pages(
     whole = tiny_llama()
     train(whole, Listed(rows), CONFIG, _run(whole, tmp_path / "whole"))
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "cut"), str(writes)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    as_here = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # torch's own sums depend on it
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=as_here)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"whole", "cut"}
     assert {p.name for p in (tmp_path / "cut").iterdir()} <= {"metrics.jsonl", "checkpoints"}
