@@ -99,7 +99,8 @@ def test_errors_and_spectra_are_numpy_s(shared: Shared, small: Audit) -> None:
 
 
 def test_errors_are_those_of_bitsandbytes(shared: Shared) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes import functional  # here, for it is slow to import
+
     weight = load_file(shared("models/base-11m") / "model.safetensors")[
         "model.layers.0.mlp.up_proj.weight"
     ].float()

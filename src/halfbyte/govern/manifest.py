@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from halfbyte.system import processor_name
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 BASE_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -39,7 +40,7 @@ class Hardware:
     @classmethod
     def here(cls) -> Hardware:
         """This machine."""
-        return cls(f"{platform.system()} {platform.release()}", _processor(), _cores(), _memory_bytes())
+        return cls(f"{platform.system()} {platform.release()}", processor_name(), _cores(), _memory_bytes())
 
 
 def manifest(
@@ -87,15 +88,6 @@ def digests(files: Iterable[Path]) -> list[dict[str, str | int]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _processor() -> str:
-    """The CPU's marketing name where the system keeps one, else its architecture."""
-    if sys.platform.startswith("linux"):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:

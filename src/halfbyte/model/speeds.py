@@ -53,30 +53,38 @@ def measure_speeds(layer: Layer, folder: Path) -> Speeds:
     with torch.no_grad():
         seconds = min(_seconds(lambda: project(x, layer.up, seeds=undropped)) for _ in range(3))
     try:
-        written, was_read = _disk_seconds(folder)
+        write, read = disk_speeds(folder, _DISK_BYTES)
     except OSError as error:
         raise disk_failed("be timed", folder, error) from error
-    return Speeds(2 * _TOKENS * N * K / seconds, _DISK_BYTES / written, _DISK_BYTES / was_read)
+    return Speeds(2 * _TOKENS * N * K / seconds, write, read)
 
 
-def _disk_seconds(folder: Path) -> tuple[float, float]:
-    """Of writing until it is on the disk, and of reading after memory has let go of it."""
+def disk_speeds(folder: Path, nbytes: int) -> tuple[float, float]:
+    """Bytes per second of writing until it is on the disk, and of reading after memory has let go of it.
+
+    Args:
+        folder: On the disk; nothing stays there.
+        nbytes: So many, in whole MiB.
+
+    Raises:
+        OSError: The disk fails, or is full.
+    """
     block = os.urandom(1 << 20)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
 
         def write() -> None:
-            for at in range(0, _DISK_BYTES, len(block)):
+            for at in range(0, nbytes, len(block)):
                 os.pwrite(file.fileno(), block, at)
             os.fsync(file.fileno())
 
         def read() -> None:
-            for at in range(0, _DISK_BYTES, len(block)):
+            for at in range(0, nbytes, len(block)):
                 os.pread(file.fileno(), len(block), at)
 
         written = _seconds(write)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return written, _seconds(read)
+        return nbytes / written, nbytes / _seconds(read)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -5,11 +5,9 @@ It owns the measures and where they are kept; it must not know how they are made
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from halfbyte.plan.memory import Runtime
 from halfbyte.plan.probe import measure_runtime
 from halfbyte.plan.time import Speeds, Timing
 from halfbyte.plan.work import Sizes, Work
+from halfbyte.system import processor_name
 from halfbyte.version import __version__
 
 if TYPE_CHECKING:
@@ -109,15 +108,6 @@ def machine_name() -> str:
         f"halfbyte {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
     )
     return "; ".join(facts)
-
-
-def processor_name() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def tokenizer_key(config: Config) -> str:

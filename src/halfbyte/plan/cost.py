@@ -68,7 +68,7 @@ def _grid(settings: CostConfig) -> Estimate:
         return Estimate.unknown("g/kWh", why)
     if settings.country not in GRID:
         return Estimate.unknown("g/kWh", f"no grid is listed for {settings.country}: set cost.grid_g_per_kwh")
-    return _of_row(GRID[settings.country])
+    return estimate_of(GRID[settings.country])
 
 
 def _electricity(settings: CostConfig) -> Estimate:
@@ -82,7 +82,7 @@ def _electricity(settings: CostConfig) -> Estimate:
     if settings.country not in ELECTRICITY:
         why = f"no price of electricity is listed for {settings.country}: set cost.price_per_kwh"
         return Estimate.unknown(currency, why)
-    return _in_currency(_of_row(ELECTRICITY[settings.country]), settings, "cost.price_per_kwh")
+    return _in_currency(estimate_of(ELECTRICITY[settings.country]), settings, "cost.price_per_kwh")
 
 
 def _rent(settings: CostConfig, machine: str) -> Estimate | None:
@@ -95,7 +95,7 @@ def _rent(settings: CostConfig, machine: str) -> Estimate | None:
     if machine not in MACHINES:
         why = f"no price is listed for {machine}: set cost.machine_price_per_hour"
         return Estimate.unknown(settings.currency or "money", why)
-    return _in_currency(_of_row(MACHINES[machine]), settings, "cost.machine_price_per_hour")
+    return _in_currency(estimate_of(MACHINES[machine]), settings, "cost.machine_price_per_hour")
 
 
 def _in_currency(price: Estimate, settings: CostConfig, setting: str) -> Estimate:
@@ -105,7 +105,8 @@ def _in_currency(price: Estimate, settings: CostConfig, setting: str) -> Estimat
     return price
 
 
-def _of_row(row: Row) -> Estimate:
+def estimate_of(row: Row) -> Estimate:
+    """A published figure, most likely in the geometric middle of what was published."""
     middle = math.sqrt(row.low * row.high)
     return Estimate(row.unit, row.low, middle, row.high, "table", row.source, row.date)
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from halfbyte.model.precision import computing_dtype
-from halfbyte.plan.calibrate import processor_name
 from halfbyte.plan.cost import cost_of
 from halfbyte.plan.energy import energy_of, power_of
 from halfbyte.plan.memory import Peak, peak_of
 from halfbyte.plan.terms import Forecast
 from halfbyte.plan.time import estimate, from_timing, of_optimizer, operations, with_streaming
 from halfbyte.plan.work import Sizes, Work
+from halfbyte.system import processor_name
 from halfbyte.train.memory import HELD_SHARE
 from halfbyte.train.optimizer import state_bytes
 

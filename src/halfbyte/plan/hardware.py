@@ -6,7 +6,6 @@ It owns the table and what is asked of the system; it must not know models or fo
 from __future__ import annotations
 
 import difflib
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import PlanError
-from halfbyte.plan.calibrate import processor_name
+from halfbyte.plan.cost import estimate_of
+from halfbyte.plan.prices import MACHINES, Row
 from halfbyte.plan.terms import Estimate
 from halfbyte.plan.time import Speeds
+from halfbyte.system import processor_name
 from halfbyte.train.memory import available_bytes
 
 _NO_PRICE = Estimate.unknown("USD/h", "nobody rents it out under this name")
@@ -52,31 +53,25 @@ class Hardware:
         return self.speeds is None
 
 
-def _card(
-    name: str, sizes: tuple[float, float, float, float], price: tuple[float, float, str] | None, source: str
-) -> Hardware:
+def _card(name: str, sizes: tuple[float, float, float, float], price: Row | None, source: str) -> Hardware:
     """A card of a table: GB, TFLOPS of dense bfloat16 products, GB/s, watts."""
     memory_gb, tflops, bandwidth, watts = sizes
-    priced = _NO_PRICE
-    if price is not None:
-        low, high, where = price
-        priced = Estimate("USD/h", low, (low + high) / 2, high, "table", where, "2026")
+    priced = _NO_PRICE if price is None else estimate_of(price)._replace(unit=f"{price.unit}/h")
     speeds = Speeds(tflops * 1e12, bandwidth * 1e9, None, None)
     return Hardware(name, int(memory_gb * 1e9), None, speeds, watts, priced, source, "2026")
 
 
-_RENTED = "third-party price lists of 2026 (Mercatus, Citadel): on demand, without tax"
 NAMED: dict[str, Hardware] = {
     each.name: each
     for each in (
         _card(
             "h100",
             (80, 989, 3350, 700),
-            (1.99, 5.00, _RENTED),
+            MACHINES["h100"],
             "NVIDIA H100 SXM data sheet, without sparsity",
         ),
-        _card("a100-80gb", (80, 312, 2039, 400), (0.80, 3.00, _RENTED), "NVIDIA A100 80GB SXM data sheet"),
-        _card("l4", (24, 121, 300, 72), (0.805, 0.805, _RENTED), "NVIDIA L4 data sheet, without sparsity"),
+        _card("a100-80gb", (80, 312, 2039, 400), MACHINES["a100-80"], "NVIDIA A100 80GB SXM data sheet"),
+        _card("l4", (24, 121, 300, 72), MACHINES["g6.xlarge"], "NVIDIA L4 data sheet, without sparsity"),
         _card("rtx-4090", (24, 165.2, 1008, 450), None, "NVIDIA Ada architecture paper: sums in float32"),
         _card("rtx-3090", (24, 71, 936, 350), None, "NVIDIA GA102 architecture paper: sums in float32"),
     )
@@ -114,14 +109,6 @@ def named_hardware(name: str) -> Hardware:
     known = ", ".join(NAMED)
     fix = f"use {near[0]}, or one of {known}" if near else f"use one of {known}"
     raise PlanError("HB702", f"no figures of {name!r} are known", where="--hardware", fix=fix)
-
-
-def described_found() -> dict[str, str]:
-    """What was found, for people."""
-    facts = {"processor": processor_name(), "cores": str(os.cpu_count() or 1)}
-    if torch.cuda.is_available():
-        facts["card"] = torch.cuda.get_device_name()
-    return facts
 
 
 def _existing(folder: Path) -> Path:

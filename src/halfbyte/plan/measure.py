@@ -27,6 +27,7 @@ from halfbyte.model.layer import Keep
 from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.precision import computing_dtype
 from halfbyte.model.skeleton import build_skeleton, slots
+from halfbyte.model.speeds import disk_speeds
 from halfbyte.plan.loaded import open_for_plan
 from halfbyte.plan.time import Speeds, Timing
 from halfbyte.plan.work import Sizes, Work
@@ -45,7 +46,6 @@ PASS_SECONDS = 1.0
 LEAST_TOKENS = 64
 ROUNDS = 3
 FILE_BYTES = 128 << 20
-_CHUNK = 8 << 20
 
 
 def measure_speeds(folder: Path) -> Speeds:
@@ -190,22 +190,12 @@ def _void(_: object) -> None:
 
 
 def _disk(folder: Path) -> tuple[float | None, float | None]:
-    """Bytes per second of reading and writing a file that no cache holds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    block = os.urandom(_CHUNK)
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            began = time.perf_counter()
-            for _ in range(FILE_BYTES // _CHUNK):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            write = FILE_BYTES / (time.perf_counter() - began)
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            file.seek(0)
-            began = time.perf_counter()
-            while file.read(_CHUNK):
-                pass
-            return FILE_BYTES / (time.perf_counter() - began), write
-    except (OSError, AttributeError):  # a full disk, or a system without such advice
+    """Bytes per second of reading and writing a file that no cache holds; None where that cannot be had."""
+    if not hasattr(os, "posix_fadvise"):
         return None, None
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write, read = disk_speeds(folder, FILE_BYTES)
+    except OSError:  # a full disk
+        return None, None
+    return read, write

@@ -22,6 +22,7 @@ from halfbyte.plan.cost import co2_of, cost_of
 from halfbyte.plan.energy import Meter
 from halfbyte.plan.ledger import LEDGER, Ledger, Peak, read_ledger
 from halfbyte.plan.terms import Estimate
+from halfbyte.system import process_bytes
 
 if TYPE_CHECKING:
     from halfbyte.settings import Config
@@ -39,29 +40,20 @@ class MemoryWatch:
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
-        self._file = root / "proc/self/status"
-        self._before = self._read().get("VmHWM")
+        self._root = root
+        self._before = process_bytes(self._root).get("VmHWM")
         self._fullest: dict[str, int] = {}
-
-    def _read(self) -> dict[str, int]:
-        """Sizes of the process in bytes, by the system's names."""
-        try:
-            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return {}
-        pairs = (line.split() for line in lines if line.endswith(" kB"))
-        return {words[0].rstrip(":"): int(words[1]) * 1024 for words in pairs}
 
     def look(self) -> None:
         """Remember this moment if it is the fullest so far."""
-        now = self._read()
+        now = process_bytes(self._root)
         if now.get("VmRSS", 0) > self._fullest.get("VmRSS", 0):
             self._fullest = now
 
     def peak(self) -> Peak:
         """The peak so far."""
         self.look()
-        fullest, most = self._fullest, self._read().get("VmHWM")
+        fullest, most = self._fullest, process_bytes(self._root).get("VmHWM")
         split = {name: fullest.get(f"Rss{name.capitalize()}") for name in ("anon", "file", "shmem")}
         if most is None:
             return Peak(None, **split, method="this system does not say")

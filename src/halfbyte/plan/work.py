@@ -78,11 +78,6 @@ class Work:
             row_tokens=float((tokens.astype(np.float64) ** 2).sum() / tokens.sum()),
         )
 
-    @property
-    def total_tokens(self) -> float:
-        """Tokens of the whole run."""
-        return self.steps * self.passes_per_step * self.tokens_per_pass
-
 
 def _example(tokens: int, trained_share: float) -> Example:
     trained = np.zeros(tokens, bool)

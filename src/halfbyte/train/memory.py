@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from halfbyte.system import process_bytes
+
 HELD_SHARE = 0.6
 """Of the memory that is left, for what layers hold; the rest is for logits, what passes through, and others."""
 
@@ -26,17 +28,8 @@ def activation_budget_bytes(
         return int(setting_gb * 1e9)
     room = available_bytes()
     if memory_gb is not None:
-        room = min(room, int(memory_gb * 1e9) - _resident_bytes())
+        room = min(room, int(memory_gb * 1e9) - process_bytes().get("VmRSS", 0))
     return int(HELD_SHARE * max(0, room - to_come_bytes))
-
-
-def _resident_bytes() -> int:
-    """What this process has in memory; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
 
 
 def available_bytes(root: Path = Path("/")) -> int:

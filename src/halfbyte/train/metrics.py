@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from halfbyte.system import process_bytes
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -111,11 +113,9 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 def peak_rss_bytes() -> int | None:
     """Largest resident set of this process so far, in bytes; None where the system does not count it."""
-    status = Path("/proc/self/status")
-    if status.exists():  # the count of `getrusage` begins with what the process that started this one had
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    # The count of `getrusage` begins with what the process that started this one had.
+    if (peak := process_bytes().get("VmHWM")) is not None:
+        return peak
     try:
         import resource
     except ImportError:
