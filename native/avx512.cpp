@@ -194,45 +194,83 @@ bool whole_runs(const Weight& weight, std::int64_t begin, std::int64_t count) {
     return begin % 64 == 0 && count % 64 == 0 && weight.blocksize % 64 == 0;
 }
 
-// The 64 bf16 values of an aligned run, even and odd elements apart. The order of the 32 bytes is the
-// caller's.
+// The codebook times two scales, as 2 x 16 bf16 words: bit 4 of an index tells the scales apart.
+HALFBYTE_INLINE __m512i word_table(const Weight& weight, float first, float second) {
+    const __m512 codebook = _mm512_loadu_ps(weight.codebook);
+    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31,
+                                           29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(round_at_16(_mm512_mul_ps(codebook, _mm512_set1_ps(first))), upper,
+                                     round_at_16(_mm512_mul_ps(codebook, _mm512_set1_ps(second))));
+}
+
+// The words of the low nibbles of `codes`, looked up in the half of the table that bit 4 of `half` names.
+HALFBYTE_INLINE __m512i look_up(__m512i codes, __m512i half, __m512i table) {
+    const __m512i index = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), half, 0xEA);
+    return _mm512_permutexvar_epi16(index, table);
+}
+
+// The 64 bf16 values of a run, even and odd elements apart. The order of the 32 bytes is the caller's.
 struct Words {
     __m512i even, odd;
-};
 
-HALFBYTE_INLINE Words words_of_run(const Weight& weight, std::int64_t e, __m256i bytes) {
-    const __m512 table = scaled_table(weight, plain::scale_of(weight, e), Type::bf16);
-    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(table), 16));
-    const __m512i both = _mm512_broadcast_i64x4(half);  // so that bit 4 of an index does not matter
-    const __m512i index = _mm512_cvtepu8_epi16(bytes);
-    return {_mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), both),
-            _mm512_permutexvar_epi16(index, both)};
-}
+    HALFBYTE_INLINE Words(__m256i bytes, __m512i half, __m512i table) {
+        const __m512i codes = _mm512_cvtepu8_epi16(bytes);
+        even = look_up(_mm512_srli_epi16(codes, 4), half, table);
+        odd = look_up(codes, half, table);
+    }
+};
 
 __m256i load32(const std::uint8_t* bytes) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
 }
 
 // Asks for codes that are decoded soon. The processor finds no pattern by itself in steps of whole rows.
+template <_mm_hint kCache>
 void prefetch(const Weight& weight, std::int64_t e) {
-    _mm_prefetch(reinterpret_cast<const char*>(weight.codes + e / 2), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(weight.codes + e / 2), kCache);
 }
 
-constexpr std::int64_t kAhead = 256;  // weights along a row, what a product decodes of it at a time
-constexpr std::int64_t kRowsAhead = 16;
+constexpr std::int64_t kAhead = 256;     // weights along a row, what a product decodes of it at a time
+constexpr std::int64_t kRowsAhead = 64;  // in L2: rows a power of two apart share a few lines of L1
+
+// Unpacking works within 128 bits: groups of four bytes take turns, so that the result is in order.
+void one_run(const Weight& weight, std::int64_t e, std::uint16_t* words) {
+    const __m256i turns = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const float scale = plain::scale_of(weight, e);
+    const Words run(_mm256_permutevar8x32_epi32(load32(weight.codes + e / 2), turns), _mm512_setzero_si512(),
+                    word_table(weight, scale, scale));
+    _mm512_storeu_si512(words, _mm512_unpacklo_epi16(run.even, run.odd));
+    _mm512_storeu_si512(words + 32, _mm512_unpackhi_epi16(run.even, run.odd));
+}
+
+void two_runs(const Weight& weight, std::int64_t e, std::uint16_t* words) {
+    const __m512i turns = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i half = _mm512_set4_epi32(0x100010, 0x100010, 0, 0);
+    const __m512i table = word_table(weight, plain::scale_of(weight, e), plain::scale_of(weight, e + 64));
+    const __m512i codes = _mm512_permutexvar_epi32(turns, _mm512_loadu_si512(weight.codes + e / 2));
+    // Elements 4 i, 4 i + 1, 4 i + 2 and 4 i + 3.
+    const __m512i part0 = look_up(_mm512_srli_epi16(codes, 4), half, table),
+                  part1 = look_up(codes, half, table),
+                  part2 = look_up(_mm512_srli_epi16(codes, 12), half, table),
+                  part3 = look_up(_mm512_srli_epi16(codes, 8), half, table);
+    const __m512i low01 = _mm512_unpacklo_epi16(part0, part1), high01 = _mm512_unpackhi_epi16(part0, part1),
+                  low23 = _mm512_unpacklo_epi16(part2, part3), high23 = _mm512_unpackhi_epi16(part2, part3);
+    _mm512_storeu_si512(words, _mm512_unpacklo_epi32(low01, low23));
+    _mm512_storeu_si512(words + 32, _mm512_unpackhi_epi32(low01, low23));
+    _mm512_storeu_si512(words + 64, _mm512_unpacklo_epi32(high01, high23));
+    _mm512_storeu_si512(words + 96, _mm512_unpackhi_epi32(high01, high23));
+}
 
 void decode(const Weight& weight, std::int64_t begin, std::int64_t count, Type type, void* out) {
     if (type == Type::f32) return decode_wide(weight, begin, count, type, static_cast<float*>(out));
     auto* words = static_cast<std::uint16_t*>(out);
     if (type == Type::bf16 && whole_runs(weight, begin, count)) {
-        // Unpacking works within 128 bits: groups of four bytes take turns, so that the result is in order.
-        const __m256i turns = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        for (std::int64_t e = begin; e < begin + count; e += 64) {
-            if (e % 128 == 0) prefetch(weight, e + kAhead);
-            const __m256i bytes = _mm256_permutevar8x32_epi32(load32(weight.codes + e / 2), turns);
-            const Words run = words_of_run(weight, e, bytes);
-            _mm512_storeu_si512(words + (e - begin), _mm512_unpacklo_epi16(run.even, run.odd));
-            _mm512_storeu_si512(words + (e - begin) + 32, _mm512_unpackhi_epi16(run.even, run.odd));
+        for (std::int64_t e = begin; e < begin + count; e += 128) {
+            prefetch<_MM_HINT_T0>(weight, e + kAhead);
+            if (e + 128 <= begin + count)
+                two_runs(weight, e, words + (e - begin));
+            else
+                one_run(weight, e, words + (e - begin));
         }
         return;
     }
@@ -266,12 +304,14 @@ void decode_pairs(const Weight& weight, std::int64_t row, std::int64_t col, std:
     // Two levels of unpacking within 128 bits: the 4 x 4 pairs of bytes are transposed beforehand.
     const __m256i turns = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (std::int64_t j = 0; j < count; j += 64) {
-        prefetch(weight, begin + j + kRowsAhead * weight.cols);
-        prefetch(weight, next + j + kRowsAhead * weight.cols);
-        const Words low = words_of_run(
-            weight, begin + j, _mm256_permutexvar_epi16(turns, load32(weight.codes + (begin + j) / 2)));
-        const Words high = words_of_run(
-            weight, next + j, _mm256_permutexvar_epi16(turns, load32(weight.codes + (next + j) / 2)));
+        prefetch<_MM_HINT_T1>(weight, begin + j + kRowsAhead * weight.cols);
+        prefetch<_MM_HINT_T1>(weight, next + j + kRowsAhead * weight.cols);
+        const __m512i table =
+            word_table(weight, plain::scale_of(weight, begin + j), plain::scale_of(weight, next + j));
+        const Words low(_mm256_permutexvar_epi16(turns, load32(weight.codes + (begin + j) / 2)),
+                        _mm512_setzero_si512(), table);
+        const Words high(_mm256_permutexvar_epi16(turns, load32(weight.codes + (next + j) / 2)),
+                         _mm512_set1_epi16(16), table);
         const __m512i low0 = _mm512_unpacklo_epi16(low.even, low.odd),
                       low1 = _mm512_unpackhi_epi16(low.even, low.odd),
                       high0 = _mm512_unpacklo_epi16(high.even, high.odd),

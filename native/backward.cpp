@@ -13,8 +13,8 @@ namespace halfbyte {
 
 namespace {
 
-constexpr std::int64_t kPanelsAtOnce = 2;  // the 128 codes of a row that share a cache line
-constexpr std::int64_t kRows = 512;        // activations per pass, by two panels: sums of 256 KiB stay in L2
+constexpr std::int64_t kColumns = 2 * kPanel;  // the 128 codes of a row that share a cache line
+constexpr std::int64_t kRows = 512;  // activations per pass, by these columns: sums of 256 KiB stay in L2
 
 // Columns [k0, k0 + columns) of a product, for its rows [m0, m1).
 struct BackwardTask {
@@ -23,8 +23,8 @@ struct BackwardTask {
 };
 
 struct BackwardScratch {
-    Aligned<std::uint32_t> panels{kPanelsAtOnce * kDepth * kPanel, false};
-    Aligned<float> sums{kPanelsAtOnce * kRows * kPanel, false};
+    Aligned<std::uint32_t> panel{kDepth * kPanel, false};
+    Aligned<float> sums{kRows * kColumns, false};
 };
 
 // The activations of a term as lanes: where they lie, or copied.
@@ -78,53 +78,56 @@ void fill_panel(const Lanes& lanes, const Factor& factor, std::int64_t d0, std::
 void run_backward(const Lanes& lanes, const BackwardTask& task, const Broadcast* broadcasts,
                   BackwardScratch& scratch) {
     const Backward& product = *task.product;
-    const std::int64_t cols = product.terms[0].factor.cols;
-    for (std::int64_t m0 = task.m0; m0 < task.m1; m0 += kRows) {
-        const std::int64_t rows = std::min(kRows, task.m1 - m0);
-        bool add = false;
-        for (int t = 0; t < product.count; ++t) {
-            const Factor& factor = product.terms[t].factor;
-            const std::int64_t whole = lanes.depth(factor.rows);
-            for (std::int64_t d0 = 0; d0 < whole; d0 += kDepth, add = true) {
-                const std::int64_t depth = std::min(kDepth, whole - d0);
-                for (std::int64_t k = 0; k < task.columns; k += kPanel) {
-                    const std::int64_t columns = std::min<std::int64_t>(kPanel, task.columns - k);
-                    std::uint32_t* panel = scratch.panels.data() + k * kDepth;
-                    fill_panel(lanes, factor, d0, depth, task.k0 + k, columns, panel);
-                    lanes.multiply(broadcasts[t].lanes + m0 * broadcasts[t].stride + d0, broadcasts[t].stride,
-                                   rows, panel, columns, depth, add, scratch.sums.data() + k * kRows);
-                }
-            }
-        }
-        for (std::int64_t m = 0; m < rows; ++m)
+    const std::int64_t cols = product.terms[0].factor.cols, rows = task.m1 - task.m0;
+    bool add = false;
+    for (int t = 0; t < product.count; ++t) {
+        const Factor& factor = product.terms[t].factor;
+        const std::int64_t whole = lanes.depth(factor.rows);
+        for (std::int64_t d0 = 0; d0 < whole; d0 += kDepth, add = true) {
+            const std::int64_t depth = std::min(kDepth, whole - d0);
             for (std::int64_t k = 0; k < task.columns; k += kPanel) {
                 const std::int64_t columns = std::min<std::int64_t>(kPanel, task.columns - k);
-                float* sums = scratch.sums.data() + k * kRows + m * kPanel;
-                const std::int64_t at = task.k0 + k;
-                if (product.residual != nullptr)
-                    lanes.kernels.add(element(product.residual, lanes.type, (m0 + m) * cols + at), lanes.type,
-                                      columns, sums);
-                const Result& result = product.result;
-                lanes.kernels.from_float(sums, result.type, columns,
-                                         element(result.out, result.type, (m0 + m) * result.stride + at));
+                fill_panel(lanes, factor, d0, depth, task.k0 + k, columns, scratch.panel.data());
+                lanes.multiply(broadcasts[t].lanes + task.m0 * broadcasts[t].stride + d0,
+                               broadcasts[t].stride, rows, scratch.panel.data(), columns, depth, add,
+                               scratch.sums.data() + k * rows);
             }
+        }
     }
+    for (std::int64_t m = 0; m < rows; ++m)
+        for (std::int64_t k = 0; k < task.columns; k += kPanel) {
+            const std::int64_t columns = std::min<std::int64_t>(kPanel, task.columns - k);
+            float* sums = scratch.sums.data() + k * rows + m * kPanel;
+            const std::int64_t at = task.k0 + k;
+            if (product.residual != nullptr)
+                lanes.kernels.add(element(product.residual, lanes.type, (task.m0 + m) * cols + at),
+                                  lanes.type, columns, sums);
+            const Result& result = product.result;
+            lanes.kernels.from_float(sums, result.type, columns,
+                                     element(result.out, result.type, (task.m0 + m) * result.stride + at));
+        }
 }
 
+// The pieces of all products, pass after pass over their rows; where there are few, rows are split further.
 std::vector<BackwardTask> backward_tasks(const Backward* products, int count, int threads) {
-    constexpr std::int64_t kWide = kPanelsAtOnce * kPanel, kFewest = 48;
+    constexpr std::int64_t kFewest = 48;
     std::int64_t groups = 0;
-    for (int p = 0; p < count; ++p) groups += groups_of(products[p].terms[0].factor.cols, kWide);
+    for (int p = 0; p < count; ++p) groups += groups_of(products[p].terms[0].factor.cols, kColumns);
     const std::int64_t wanted = groups < threads ? groups_of(threads, groups) : 1;
     std::vector<BackwardTask> tasks;
-    for (int p = 0; p < count; ++p) {
-        const std::int64_t cols = products[p].terms[0].factor.cols, M = products[p].M;
-        const std::int64_t splits = std::min(wanted, groups_of(M, kFewest));
-        for (std::int64_t k0 = 0; k0 < cols; k0 += kWide)
-            for (std::int64_t s = 0; s < splits; ++s)
-                tasks.push_back(
-                    {&products[p], k0, std::min(kWide, cols - k0), M * s / splits, M * (s + 1) / splits});
-    }
+    std::int64_t most = 0;
+    for (int p = 0; p < count; ++p) most = std::max(most, products[p].M);
+    for (std::int64_t m0 = 0; m0 < most; m0 += kRows)
+        for (int p = 0; p < count; ++p) {
+            const std::int64_t cols = products[p].terms[0].factor.cols;
+            const std::int64_t M = std::min(kRows, products[p].M - m0);
+            if (M <= 0) continue;
+            const std::int64_t splits = std::min(wanted, groups_of(M, kFewest));
+            for (std::int64_t k0 = 0; k0 < cols; k0 += kColumns)
+                for (std::int64_t s = 0; s < splits; ++s)
+                    tasks.push_back({&products[p], k0, std::min(kColumns, cols - k0), m0 + M * s / splits,
+                                     m0 + M * (s + 1) / splits});
+        }
     return tasks;
 }
 

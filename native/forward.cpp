@@ -12,7 +12,7 @@ namespace halfbyte {
 namespace {
 
 constexpr std::int64_t kRowsAtOnce = 64;  // rows of W at a time
-constexpr std::int64_t kTokens = 1024;    // activations per pass: sums of 256 KiB stay in L2
+constexpr std::int64_t kTokens = 512;     // activations per pass: their panels stay in a shared L3
 
 // The activations of a term, packed into panels of 64 rows; of few rows for weights in 4 bits, in the form of
 // `multiply_rows`.

@@ -19,10 +19,10 @@ from halfbyte.model.precision import multiplies_bfloat16
 
 _PANEL = 64  # native/kernels.hpp: kPanel
 _DEPTH = 128  # native/lanes.hpp: kDepth
-_TOKENS = 1024  # native/forward.cpp: kTokens
+_TOKENS = 512  # native/forward.cpp: kTokens
 _FEW_ROWS = 8  # native/kernels.hpp: kFewRows
 _ROWS_AT_ONCE = 64  # native/forward.cpp: kRowsAtOnce
-_BACKWARD_ROWS, _PANELS_AT_ONCE = 512, 2  # native/backward.cpp
+_BACKWARD_ROWS, _BACKWARD_PANELS = 512, 2  # native/backward.cpp: kRows, kColumns
 _WAVE_BYTES = 2 << 20  # native/attention_tiles.cpp: kBudget
 _TENSORS = 6  # of a quantised weight among an operation's arguments
 
@@ -45,8 +45,8 @@ def linear_grad(a: list[Tensor], factors: list[Any], sizes: list[int], *_: Any) 
             x.dtype == torch.float32 or (_pairs(x.dtype) and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0)
         )
     ]
-    each = 4 * _PANELS_AT_ONCE * _PANEL
-    return [*copies, *[each * _DEPTH, each * _BACKWARD_ROWS] * torch.get_num_threads()]
+    each = 4 * _PANEL
+    return [*copies, *[each * _DEPTH, each * _BACKWARD_ROWS * _BACKWARD_PANELS] * torch.get_num_threads()]
 
 
 def linear_4bit(x: Tensor, *_: Any) -> list[int]:
