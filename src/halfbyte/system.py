@@ -1,11 +1,13 @@
-"""What the operating system says of the processor and of this process.
+"""What the operating system says of the processor and of this process, and how memory is given back to it.
 
-It owns where these facts are found; it must not import torch, nor know what they are for.
+It owns where these facts are found, and that call; it must not import torch, nor know what they are for.
 """
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 from pathlib import Path
 
 
@@ -31,3 +33,10 @@ def process_bytes(root: Path = Path("/")) -> dict[str, int]:
         return {}
     pairs = (line.split() for line in text.splitlines() if line.endswith(" kB"))
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in pairs}
+
+
+def give_back_freed_memory() -> None:
+    """Have the allocator return to the system what is free in its heap, where it can; nothing that lives moves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc's; others have none
+        trim(0)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ConfigError
-from halfbyte.plan.heap import give_back_freed_memory
+from halfbyte.system import give_back_freed_memory
 
 EVENTS = "events.jsonl"
 MANIFEST = "manifest.json"

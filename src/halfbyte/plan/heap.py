@@ -1,6 +1,6 @@
-"""What a process takes from the system for the memory it asks for: glibc's allocator, told to give back and imitated.
+"""What a process takes from the system for the memory it asks for: glibc's allocator, imitated.
 
-It owns that call and that imitation; it must not know what the memory is for.
+It owns that imitation; it must not know what the memory is for.
 
 Memory that was freed in a heap stays resident and is used again where a request fits, so what a process takes is
 more than what lives. Large requests have pages of their own. That the end of a heap may be cut off is left out: small
@@ -11,8 +11,6 @@ Source: glibc 2.36, malloc/malloc.c: `_int_malloc`, `_int_memalign`, `sysmalloc`
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from bisect import bisect_left, insort
 
 PAGE = 4096
@@ -26,13 +24,6 @@ _HEADER = 16
 
 Block = tuple[int, int]
 """Begin and size; the begin is negative where a block has pages of its own."""
-
-
-def give_back_freed_memory() -> None:
-    """Have the allocator return to the system what is free in its heap, where it can; nothing that lives moves."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # glibc's; others have none
-        trim(0)
 
 
 class Heap:

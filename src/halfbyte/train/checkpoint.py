@@ -110,6 +110,24 @@ class Checkpoint:
     state: TrainerState
     tensors: Mapping[str, Tensor]
 
+    def refuse_other_run(self, beginning: TrainerState) -> None:
+        """Refuse to go on with a run that begins otherwise than the one that left this.
+
+        Raises:
+            TrainError: HB511.
+        """
+
+        def run(state: TrainerState) -> tuple[object, ...]:
+            return state.total_steps, state.seed, state.rows_sha256
+
+        if run(self.state) != run(beginning):
+            raise TrainError(
+                "HB511",
+                "it is of a run with other rows, another seed or another number of steps",
+                where=str(self.folder),
+                fix="resume with the rows and settings that the run began with",
+            )
+
 
 class Found(NamedTuple):
     """The checkpoint to go on from, and why newer ones were passed over.

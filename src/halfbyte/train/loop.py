@@ -35,6 +35,7 @@ from halfbyte.train.checkpoint import (
 )
 from halfbyte.train.display import Display, Shown, Silent
 from halfbyte.train.interrupt import CtrlC, TrainInterrupted
+from halfbyte.train.memory import give_back_after
 from halfbyte.train.metrics import MetricsFile, StepRecord, peak_rss_bytes
 from halfbyte.train.neftune import embedding_noise
 from halfbyte.train.noise import NoiseMeter
@@ -234,20 +235,9 @@ class _Loop:
         self.began = time.perf_counter() - self.state.seconds
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        if (state.total_steps, state.seed, state.rows_sha256) != (
-            self.state.total_steps,
-            self.state.seed,
-            self.state.rows_sha256,
-        ):
-            raise TrainError(
-                "HB511",
-                "it is of a run with other rows, another seed or another number of steps",
-                where=str(checkpoint.folder),
-                fix="resume with the rows and settings that the run began with",
-            )
+        checkpoint.refuse_other_run(self.state)
         restore(checkpoint.tensors, trainable_parameters(self.model), self.optimizer)
-        self.state = state
+        self.state = checkpoint.state
 
     @property
     def done(self) -> int:
@@ -281,8 +271,11 @@ class _Loop:
         except TrainInterrupted:
             raise
         except TrainError as error:
-            saved = self.checkpoint("stopped") if self.done else None
-            kept = f"; the weights after step {self.done} are in {saved}" if saved else ""
+            kept = (
+                f"; the weights after step {self.done} are in {self.checkpoint('stopped')}"
+                if self.done
+                else ""
+            )
             raise self._stopped(error, kept) from error
         set_learning_rate(self.optimizer, lr)
         try:
@@ -292,6 +285,7 @@ class _Loop:
             kept = f"; the last good checkpoint is {good.folder}" if good else "; there is no checkpoint yet"
             raise self._stopped(error, kept) from error
         self.optimizer.zero_grad(set_to_none=True)
+        give_back_after(step_began)
         return self._note(step, loss, grad_norm, lr, time.perf_counter() - step_began)
 
     def _stopped(self, error: TrainError, kept: str) -> TrainError:

@@ -1,17 +1,32 @@
-"""How much memory this process may still take, and how much of it the layers may hold.
+"""How much memory this process may still take, how much of it the layers may hold, and when freed memory goes back.
 
-It owns these two numbers; it must not know layers, nor what they do with them.
+It owns these two numbers and that moment; it must not know layers, nor what they do with memory.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
-from halfbyte.system import process_bytes
+from halfbyte.system import give_back_freed_memory, process_bytes
 
 HELD_SHARE = 0.6
 """Of the memory that is left, for what layers hold; the rest is for logits, what passes through, and others."""
+
+LONG_SECONDS = 1.0
+"""Steps that take longer give back what they freed: that takes a thousandth of them; some pages are touched anew."""
+
+
+def give_back_after(began: float) -> None:
+    """After a long step, return to the system what the allocator holds freed: pieces too small for the next request
+    add up over steps, to a seventh of the peak in models larger than memory.
+
+    Args:
+        began: When the step did, on `time.perf_counter`'s clock.
+    """
+    if time.perf_counter() - began > LONG_SECONDS:
+        give_back_freed_memory()
 
 
 def activation_budget_bytes(
