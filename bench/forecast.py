@@ -32,7 +32,7 @@ from halfbyte.plan.forecast import Machine, dtype_of, forecast
 from halfbyte.plan.terms import Forecast
 from halfbyte.plan.work import Sizes, Work
 from halfbyte.settings import Config
-from halfbyte.train.memory import available_bytes
+from halfbyte.system import available_bytes
 from halfbyte.train.methods import chosen_residency
 from step_vs_peers import random_llama
 

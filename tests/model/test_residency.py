@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.loading import load
 from halfbyte.model.lora import LoraLinear, LoraSpec, add_lora
 from halfbyte.model.mapped import Extent, MappedFile, extents_of
-from halfbyte.model.residency import Residency, streamer_of
+from halfbyte.model.residency import Residency, Streamer, streamer_of
 from halfbyte.model.saving import save_quantized
 from halfbyte.model.stored import StoredTensor
 from halfbyte.quant.weight import QuantSpec
@@ -172,6 +175,66 @@ def test_a_pass_reads_each_layer_twice_less_what_is_still_there(tmp_path: Path) 
     # Forward 5, backward the 4 before the last; the next pass finds the first one there, and so on.
     expected = (5 + 4 + 4 + 4) * layer + 2 * head
     assert streamer.brought_bytes == pytest.approx(expected, rel=0.01)
+
+
+def test_layers_further_ahead_are_announced_once_in_either_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(
+        in_4bit("llama", tmp_path, num_hidden_layers=6),
+        quantization=None,
+        dtype=torch.float32,
+        residency="streamed",
+    )
+    found = streamer_of(model)
+    assert found is not None
+    units = found.units[:-1]
+    begins = {unit.parts[0].extent: i for i, unit in enumerate(units)}
+    said: list[int] = []
+    monkeypatch.setattr(MappedFile, "announce", lambda _, extent: said.append(begins[extent]))
+    streamer = Streamer(units, found.loose, ahead_bytes=2 * units[0].nbytes + 8192)
+
+    def after(visit: Callable[[int], None], i: int) -> list[int]:
+        said.clear()
+        visit(i)
+        streamer._reader.submit(int).result()
+        return list(said)
+
+    assert [after(streamer.forward_visit, i) for i in range(6)] == [[2, 3], [4], [5], [], [], []]
+    assert [after(streamer.backward_visit, i) for i in range(5, -1, -1)] == [[3, 2], [1], [0], [], [], []]
+    none = Streamer(units, found.loose, ahead_bytes=units[0].nbytes // 2)
+    none.forward_visit(0)
+    none._reader.submit(int).result()
+    assert said == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is in the cache is asked of Linux")
+def test_what_is_announced_comes_into_the_cache_and_not_into_the_process(tmp_path: Path) -> None:
+    path, size = tmp_path / "bytes", 64 << 20
+    path.write_bytes(os.urandom(size))
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    file = MappedFile.open(path)
+    if cached(file, Extent(0, size)) > 0:
+        pytest.skip("this file system keeps no file out of its cache")
+    before = in_memory(path)
+    file.announce(Extent(0, 24 << 20))
+    end = time.monotonic() + 20
+    while cached(file, Extent(0, 24 << 20)) < 24 << 20 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert cached(file, Extent(0, 24 << 20)) == 24 << 20
+    assert cached(file, Extent(48 << 20, size)) == 0
+    assert in_memory(path) == before
+
+
+def cached(file: MappedFile, extent: Extent) -> int:
+    """Bytes of a mapped extent that are in the system's cache."""
+    pages = (extent.end - extent.begin) // mmap.PAGESIZE
+    found = (ctypes.c_ubyte * pages)()
+    address = ctypes.c_void_p(file.raw.data_ptr() + extent.begin)
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(pages * mmap.PAGESIZE), found) == 0
+    return mmap.PAGESIZE * sum(each & 1 for each in found)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.train.memory import HELD_SHARE, activation_budget_bytes, available_bytes
+from halfbyte.system import available_bytes
+from halfbyte.train.memory import HELD_SHARE, activation_budget_bytes
 
 
 def system(root: Path, *, available_kib: int, limit: str = "", used: int = 0, inactive: int = 0) -> Path:

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,10 @@ from torch import Tensor
 from halfbyte.errors import ModelError
 from halfbyte.model.stored import StoredTensor
 
+_WILLNEED = 3
 _DONTNEED = 4
 _POPULATE_READ = 22  # Linux 5.14; unlike touching a page, a failure is an error and no signal
+_ANNOUNCED = 128 * 1024  # bytes of one announcement: of a larger one, Linux may heed only so many
 
 
 class Extent(NamedTuple):
@@ -101,6 +104,12 @@ class MappedFile:
                 )
         self.raw[extent.begin : extent.end : mmap.PAGESIZE].sum()  # an older system: touch every page
 
+    def announce(self, extent: Extent) -> None:
+        """Have the system read an extent into its own cache while it has room there; nobody waits for that."""
+        begin, length = self._pages(extent)
+        for piece in range(begin, begin + length, _ANNOUNCED):
+            _advise(piece, min(_ANNOUNCED, begin + length - piece), _WILLNEED)
+
     def let_go(self, extent: Extent) -> None:
         """Let the system use an extent's pages for something else; they stay in its cache while there is room."""
         if can_let_go():
@@ -134,6 +143,7 @@ def _advise(address: int, length: int, advice: int) -> int:
     return 0 if _madvise()(address, length, advice) == 0 else ctypes.get_errno()
 
 
+@cache
 def _madvise() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

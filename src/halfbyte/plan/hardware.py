@@ -17,8 +17,7 @@ from halfbyte.plan.cost import estimate_of
 from halfbyte.plan.prices import MACHINES, Row
 from halfbyte.plan.terms import Estimate
 from halfbyte.plan.time import Speeds
-from halfbyte.system import processor_name
-from halfbyte.train.memory import available_bytes
+from halfbyte.system import available_bytes, processor_name
 
 _NO_PRICE = Estimate.unknown("USD/h", "nobody rents it out under this name")
 

@@ -1,15 +1,13 @@
-"""How much memory this process may still take, how much of it the layers may hold, and when freed memory goes back.
+"""How much memory the layers may hold, and when what was freed goes back.
 
-It owns these two numbers and that moment; it must not know layers, nor what they do with memory.
+It owns that number and that moment; it must not know layers, nor what they do with memory.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
-from halfbyte.system import give_back_freed_memory, process_bytes
+from halfbyte.system import available_bytes, give_back_freed_memory, process_bytes
 
 HELD_SHARE = 0.6
 """Of the memory that is left, for what layers hold; the rest is for logits, what passes through, and others."""
@@ -45,46 +43,3 @@ def activation_budget_bytes(
     if memory_gb is not None:
         room = min(room, int(memory_gb * 1e9) - process_bytes().get("VmRSS", 0))
     return int(HELD_SHARE * max(0, room - to_come_bytes))
-
-
-def available_bytes(root: Path = Path("/")) -> int:
-    """Bytes this process can take without swapping, or being stopped by its control group; half of all where unknown.
-
-    Args:
-        root: Where `proc` and `sys` are.
-    """
-    free = _meminfo(root / "proc/meminfo")
-    if free is None:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    limit = _number(root / "sys/fs/cgroup/memory.max")
-    used = _number(root / "sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
-        free = min(free, max(0, limit - used + _reclaimable(root / "sys/fs/cgroup/memory.stat")))
-    return free
-
-
-def _meminfo(path: Path) -> int | None:
-    if not path.exists():
-        return None
-    for line in path.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _number(path: Path) -> int | None:
-    """A control group's number; None where there is none, or no limit (`max`)."""
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _reclaimable(path: Path) -> int:
-    """Bytes of files that the control group counts and the system gives back when asked."""
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))

@@ -29,7 +29,7 @@ from halfbyte.model.purpose import Head, modules_to_train
 from halfbyte.model.residency import Residency, streamer_of
 from halfbyte.model.saving import whole_folder
 from halfbyte.quant.weight import QuantSpec
-from halfbyte.train.memory import available_bytes
+from halfbyte.system import available_bytes
 
 BASE_SHARE = 0.7
 """Of the memory, what a base may take that is held in it; the rest is for all else."""
