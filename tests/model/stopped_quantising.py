@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import ModelError
-from halfbyte.model import quantised_writer, quantising
+from halfbyte.model import pieces, quantised_writer, quantising
 from halfbyte.model.journal import Journal
 from halfbyte.model.quantised_writer import FileWriter
 from halfbyte.quant.weight import QuantSpec
@@ -60,7 +60,7 @@ def tear(number: int) -> None:
 def main(source: Path, target: Path, place: str, number: int) -> None:
     """Quantise, and do not come to the end."""
     torch.set_num_threads(1)
-    quantising.PIECE_BYTES, quantising.SYNC_BYTES = 4096, 10_000
+    pieces.PIECE_BYTES, quantising.SYNC_BYTES = 4096, 10_000
     quantised_writer.STAGE_BYTES = 8192
     {
         "put": lambda: stop_at(FileWriter, "put", number),

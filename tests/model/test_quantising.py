@@ -19,7 +19,7 @@ from tests.model.seq2seq_families import write
 from transformers import AutoModelForCausalLM
 
 from halfbyte.errors import ModelError
-from halfbyte.model import quantised_writer, quantising
+from halfbyte.model import direct, pieces, quantised_writer, quantising
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.loading import load
 from halfbyte.model.precision import stored_dtype
@@ -36,7 +36,7 @@ STOPPED = Path(__file__).with_name("stopped_quantising.py")
 @pytest.fixture(autouse=True)
 def _in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small models take as many steps as large ones."""
-    monkeypatch.setattr(quantising, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4096)
     monkeypatch.setattr(quantising, "SYNC_BYTES", 10_000)
     monkeypatch.setattr(quantised_writer, "STAGE_BYTES", 8192)
     monkeypatch.setattr(quantised_writer, "SYNC_BYTES", 10_000)
@@ -156,7 +156,7 @@ def test_a_file_system_without_direct_writing_gets_the_same_bytes(
 ) -> None:
     source = shared("models/base-11m")
     expected = streamed(source, tmp_path / "a")
-    monkeypatch.setattr(quantised_writer, "_DIRECT", 0)
+    monkeypatch.setattr(direct, "_DIRECT", 0)
     assert streamed(source, tmp_path / "b") == expected
 
 

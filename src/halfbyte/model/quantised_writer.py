@@ -8,20 +8,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import mmap
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
+from halfbyte.model.direct import aligned_bytes, open_direct
 from halfbyte.model.quantised_file import PAGE, REST, Digests, Layout, bytes_of, digest_of, is_state
 
-STAGE_BYTES = 1 << 23
+STAGE_BYTES = 1 << 22
 SYNC_BYTES = 1 << 26
-_DIRECT: int = getattr(os, "O_DIRECT", 0)
 _sync_data: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
@@ -29,8 +29,9 @@ class FileWriter:
     """Puts tensors in their places, unit after unit.
 
     The `rest` may be put at any time, the tensors of the other units in the order of their places. These pass through
-    one aligned buffer straight to the disk where the file system allows that; elsewhere the system's cache is written
-    out and dropped every 64 MiB, so that neither way gigabytes wait in memory.
+    two aligned buffers, one being filled while the other is written, straight to the disk where the file system allows
+    that; elsewhere the system's cache is written out and dropped every 64 MiB, so that neither way gigabytes wait in
+    memory.
 
     Args:
         file: The file; created, or gone on with.
@@ -43,15 +44,18 @@ class FileWriter:
         self.sha256: dict[str, str] = dict(finished or {})
         file.touch()
         self._plain = io.FileIO(file, "r+")
-        self._direct = _open_direct(file)
-        self._stage = memoryview(mmap.mmap(-1, STAGE_BYTES))  # pages of its own: aligned
+        self._direct = open_direct(file, "r+")
+        self._stage, self._other = (bytes_of(aligned_bytes(STAGE_BYTES)) for _ in range(2))
+        self._disk = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         start = max(layout.units[name].end for name in (REST, *self.sha256))
         self._base, self._filled = start - start % PAGE, start % PAGE
         self._plain.seek(self._base)
         self._plain.readinto(self._stage[: self._filled])
         self._unsynced = 0
         self._hash = hashlib.sha256()
-        _write(self._plain, 0, memoryview(layout.header))
+        self._small: list[tuple[int, bytes | memoryview]] = [(0, layout.header)]
+        self._small_bytes = len(layout.header)
 
     def put(self, name: str, tensor: Tensor, offset: int = 0) -> None:
         """Write a tensor, or a part of one, to its place.
@@ -66,10 +70,13 @@ class FileWriter:
         """
         data, place, unit = bytes_of(tensor), self._layout.tensors[name], self._layout.unit_of[name]
         if unit == REST:
-            _write(self._plain, place.begin + offset, data)
             if is_state(name):
-                blanks = b" " * (place.end - place.begin - len(data))
-                _write(self._plain, place.end - len(blanks), memoryview(blanks))
+                data = memoryview(bytes(data).ljust(place.end - place.begin))
+            self._small_bytes += len(data)
+            at_once = self._small_bytes >= STAGE_BYTES
+            self._small.append((place.begin + offset, data if at_once else bytes(data)))
+            if at_once:
+                self.settle()
             return
         assert place.begin + offset == self._base + self._filled, f"{name} is out of turn"
         self._hash.update(data)
@@ -85,19 +92,45 @@ class FileWriter:
             self._hash = hashlib.sha256()
 
     def _flush(self) -> None:
-        """Write what is staged, in whole pages; the last one is written again when there is more for it."""
+        """Have what is staged written, in whole pages; the last one is written again when there is more for it."""
         whole, begun = self._filled - self._filled % PAGE, self._filled % PAGE
-        length = whole + (PAGE if begun else 0)
-        _write(self._plain, self._base, self._stage[:length], self._direct)
-        if self._direct is None:
-            self._unsynced += length
-            if self._unsynced >= SYNC_BYTES:
-                self.sync()
-        self._stage[:begun] = self._stage[whole : self._filled]
+        self._await_pages()
+        pages = self._stage[: whole + (PAGE if begun else 0)]
+        self._writing = self._disk.submit(self._write_pages, self._base, pages)
+        self._other[:begun] = self._stage[whole : self._filled]
+        self._stage, self._other = self._other, self._stage
         self._base, self._filled = self._base + whole, begun
+
+    def _write_pages(self, position: int, pages: memoryview) -> None:
+        _write(self._plain, position, pages, self._direct)
+        if self._direct is None:
+            self._unsynced += len(pages)
+            if self._unsynced >= SYNC_BYTES:
+                self._sync()
+
+    def settle(self) -> None:
+        """Have all that was put in the file, though perhaps not yet on the disk.
+
+        Raises:
+            OSError: The disk is full, or fails.
+        """
+        self._await_pages()
+        for position, data in self._small:
+            _write(self._plain, position, memoryview(data))
+        self._small.clear()
+        self._small_bytes = 0
+
+    def _await_pages(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def sync(self) -> None:
         """Have all that was written on the disk, and out of the system's cache."""
+        self.settle()
+        self._sync()
+
+    def _sync(self) -> None:
         _sync_data(self._plain.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._plain.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -105,6 +138,7 @@ class FileWriter:
 
     def finish(self) -> Digests:
         """End the file where its last tensor ends, have it on the disk, and say what it is."""
+        self.settle()
         self._plain.truncate(self._layout.file_bytes)
         self.sync()
         units = self._layout.units
@@ -118,19 +152,10 @@ class FileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._disk.shutdown()
         self._plain.close()
         if self._direct is not None:
             self._direct.close()
-
-
-def _open_direct(file: Path) -> io.FileIO | None:
-    """The file past the system's cache; None where that is not offered."""
-    if not _DIRECT:
-        return None
-    try:
-        return io.FileIO(file, "r+", opener=lambda path, flags: os.open(path, flags | _DIRECT))
-    except OSError:
-        return None
 
 
 def _write(plain: io.FileIO, position: int, data: memoryview, direct: io.FileIO | None = None) -> None:

@@ -11,8 +11,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.data.fingerprint import FILE as FINGERPRINT
-from halfbyte.errors import KernelError, ModelError
+from halfbyte.errors import ModelError
 from halfbyte.model.files import WEIGHTS, ModelFolder, open_model_folder
 from halfbyte.model.journal import Journal
 from halfbyte.model.linear4bit import features
 from halfbyte.model.loading import (
     Progress,
-    check_tied,
     is_in_4bit,
     load_generation_config,
     place_4bit,
-    quantised,
     read_4bit,
-    refuse_not_finite,
     refuse_other_kind,
     refuse_other_quantisation,
 )
-from halfbyte.model.matching import Entry, match, refuse_mostly_unquantised, wrong_tensors
+from halfbyte.model.matching import match, refuse_mostly_unquantised, wrong_tensors
+from halfbyte.model.pieces import Piece, ReadAhead, cut
 from halfbyte.model.precision import stored_dtype
 from halfbyte.model.quantised_file import (
     REST,
@@ -61,44 +59,13 @@ from halfbyte.model.saving import (
 )
 from halfbyte.model.skeleton import build_skeleton
 from halfbyte.model.stored import StoredTensor
-from halfbyte.quant.formats import entry_names, to_bitsandbytes
+from halfbyte.quant.formats import entry_names
 from halfbyte.quant.weight import QuantSpec, Weight4bit
 from halfbyte.version import __version__
 
 JOURNAL = "quantize.journal"
-PIECE_BYTES = 1 << 24
 SYNC_BYTES = 1 << 28
 """So much is written before the disk is waited for."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """What is read at once: a weight that is quantised, or so much of a tensor that is kept as it is.
-
-    Attributes:
-        name: Where it goes: of a weight in 4 bits, its codes.
-        unit: The unit of that place.
-        entry: What the folder holds for that place; None where it holds nothing.
-        stored: The bytes that are read; None for a weight that is stored in 4 bits.
-        twins: The same bytes under other names, which must be equal.
-        offset: Elements of the tensor before these.
-        value: What the model computes by itself and no folder holds.
-    """
-
-    name: str
-    unit: str
-    entry: Entry | None = None
-    stored: StoredTensor | None = None
-    twins: tuple[tuple[Entry, StoredTensor], ...] = ()
-    offset: int = 0
-    value: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to be read."""
-        if self.stored is None:
-            return self.entry.nbytes if self.entry is not None else 0
-        return self.stored.nbytes * (1 + len(self.twins))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +84,12 @@ class Quantisation:
     model: PreTrainedModel
     spec: QuantSpec | None
     layout: Layout
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def source_bytes(self) -> int:
         """Bytes of the folder's tensors."""
         return sum(tensor.nbytes for tensor in self.folder.tensors.values())
-
-    def becomes_4bit(self, piece: _Piece) -> bool:
-        """Whether a piece is a weight that is quantised."""
-        entry = piece.entry
-        return self.spec is not None and entry is not None and entry.slot.linear is not None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -191,7 +153,7 @@ def prepare(source: str | Path, spec: QuantSpec) -> Quantisation:
     load_generation_config(folder, model)
     tensors = entries(model)
     layout = lay_out(tensors, units_of(model, tensors))
-    pieces = tuple(_pieces(found, tensors, layout, in_4bit))
+    pieces = tuple(cut(found, tensors, layout, in_4bit))
     return Quantisation(folder, model, None if in_4bit else spec, layout, pieces)
 
 
@@ -200,30 +162,6 @@ def _state_alone(stored: StoredTensor) -> Tensor:
     if is_state(stored.name):
         return stored.read()
     return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-
-
-def _pieces(
-    found: list[Entry], tensors: Mapping[str, Tensor], layout: Layout, in_4bit: bool
-) -> Iterator[_Piece]:
-    """Everything that is written, in the order of its places."""
-    stored: dict[str, list[Entry]] = {}
-    for entry in found:
-        stored.setdefault(entry.slot.names[0], []).append(entry)
-    written = {part for name in stored for part in entry_names(name, layout.tensors)}
-    for name, unit in layout.unit_of.items():
-        if name in stored:
-            first, *others = stored[name]
-            if first.is_4bit or (first.slot.linear is not None and not in_4bit):
-                yield _Piece(name, unit, first, None if first.is_4bit else first.only)
-                continue
-            each = PIECE_BYTES // first.only.dtype.itemsize
-            count = prod(first.slot.shape)
-            for offset in range(0, count, each):
-                length = min(each, count - offset)
-                twins = tuple((twin, twin.only.piece(offset, length)) for twin in others)
-                yield _Piece(name, unit, first, first.only.piece(offset, length), twins, offset)
-        elif name not in written:
-            yield _Piece(name, unit, value=tensors[name])
 
 
 def quantise_folder(
@@ -268,7 +206,7 @@ def quantise_folder(
             if finished and say is not None:
                 parts = f"{len(finished)} of {len(work.layout.units) - 1} parts"
                 say(f"{parts} were finished before, and are as they were")
-            with FileWriter(partial / WEIGHTS, work.layout, finished) as writer:
+            with FileWriter(partial / WEIGHTS, work.layout, finished) as writer, _threads_for(work.spec):
                 _stream(work, writer, journal, progress)
                 digests = writer.finish()
             _refuse_other_source(work, identity["files"])
@@ -357,71 +295,48 @@ def _facts(file: Path, layout: Layout, unit: str, sha256: str) -> dict[str, str]
     return {"part": unit, "sha256": sha256, "beside": beside.hexdigest()}
 
 
+@contextmanager
+def _threads_for(spec: QuantSpec | None) -> Iterator[None]:
+    """Leave a processor to the digest, unless scales are searched for: only then do the kernels take longer than it."""
+    threads = torch.get_num_threads()
+    if spec is None or spec.scales == "absmax":
+        torch.set_num_threads(max(threads - 1, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _stream(work: Quantisation, writer: FileWriter, journal: Journal, progress: Progress | None) -> None:
-    """Read a piece while the one before is quantised and the one before that is written."""
+    """Read pieces while the one before is quantised and the one before that is written."""
     pieces = [piece for piece in work.pieces if piece.unit not in writer.sha256]
     total = sum(piece.nbytes for piece in work.pieces)
     done = total - sum(piece.nbytes for piece in pieces)
-    largest = max((piece.stored.nbytes for piece in pieces if piece.stored is not None), default=0)
-    buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
     record = _Recorder(work, writer, journal)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scribe:
-        coming = reader.submit(_read, pieces[0], buffers[0], None) if pieces else None
-        written: Future[None] | None = None
-        for number, piece in enumerate(pieces):
-            assert coming is not None
-            got = coming.result()
-            if number + 1 < len(pieces):
-                in_use = written if number and not work.becomes_4bit(pieces[number - 1]) else None
-                coming = reader.submit(_read, pieces[number + 1], buffers[(number + 1) % 2], in_use)
-            made = _made(work, piece, got)
+    with ReadAhead(pieces) as ahead, ThreadPoolExecutor(1) as scribe:
+        written: Future[bool] | None = None
+        for piece in pieces:
+            if written is not None and not ahead:
+                _settle(written, ahead)
+                written = None
+            got = ahead.next()
+            made = piece.made(got, work.spec)
             if written is not None:
-                written.result()
+                _settle(written, ahead)
+            if piece.becomes_4bit(work.spec):
+                ahead.give_back()
             written = scribe.submit(record.put, piece, made)
             done += piece.nbytes
             if progress is not None:
                 progress(done, total)
         if written is not None:
-            written.result()
+            _settle(written, ahead)
 
 
-def _read(piece: _Piece, buffer: Tensor, in_use: Future[None] | None) -> Tensor | Weight4bit:
-    """Read a piece once what was in the buffer is written."""
-    if in_use is not None:
-        in_use.result()
-    if piece.value is not None:
-        return piece.value
-    if piece.stored is None:
-        assert piece.entry is not None
-        weight = read_4bit(piece.entry)
-        for stored in piece.entry.stored.values():
-            stored.drop_from_cache()
-        return weight
-    tensor = piece.stored.read(buffer)
-    piece.stored.drop_from_cache()
-    return tensor
-
-
-def _made(work: Quantisation, piece: _Piece, got: Tensor | Weight4bit) -> dict[str, Tensor]:
-    """What is written of a piece, by name."""
-    if isinstance(got, Weight4bit):
-        return to_bitsandbytes(piece.name, got)
-    if piece.entry is None or piece.stored is None:
-        return {piece.name: got}
-    if work.becomes_4bit(piece):
-        assert work.spec is not None
-        try:
-            return to_bitsandbytes(piece.name, quantised(piece.entry.slot, got, work.spec))
-        except KernelError:
-            refuse_not_finite(piece.stored.name, str(piece.stored.file), got)
-            raise
-    if got.is_floating_point():
-        name, last = piece.stored.name, piece.offset + got.numel() - 1
-        refuse_not_finite(f"{name} (elements {piece.offset:,} to {last:,})", str(piece.stored.file), got)
-    kept = got.to(piece.entry.slot.dtype)
-    for twin, stored in piece.twins:
-        check_tied(twin, kept, stored.read())
-    return {piece.name: kept}
+def _settle(written: Future[bool], ahead: ReadAhead) -> None:
+    """Wait until a piece is written; what is written as it was read is needed until then."""
+    if written.result():
+        ahead.give_back()
 
 
 class _Recorder:
@@ -431,17 +346,19 @@ class _Recorder:
         self._work, self._writer, self._journal = work, writer, journal
         self._unsynced = 0
 
-    def put(self, piece: _Piece, made: Mapping[str, Tensor]) -> None:
-        """Write a piece."""
+    def put(self, piece: Piece, made: Mapping[str, Tensor]) -> bool:
+        """Write a piece; whether it is written as it was read."""
         for name, tensor in made.items():
             offset = piece.offset * tensor.element_size() if name == piece.name else 0
             self._writer.put(name, tensor, offset)
             self._unsynced += tensor.nbytes
         unit = piece.unit
         if unit != REST and unit in self._writer.sha256:
+            self._writer.settle()
             file = self._writer.file
             self._journal.add(_facts(file, self._work.layout, unit, self._writer.sha256[unit]))
             if self._unsynced >= SYNC_BYTES:
                 self._writer.sync()
                 self._journal.sync()
                 self._unsynced = 0
+        return not piece.becomes_4bit(self._work.spec)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ class Slot:
     is_embedding: bool
 
 
+_RANDOM = (Tensor.normal_, Tensor.uniform_)
+
+
 class _EmptyWithoutMemory(TorchFunctionMode):
     """Sends `torch.empty` to the meta device: that is how modules make the weights that a file will fill.
 
@@ -68,6 +72,8 @@ class _EmptyWithoutMemory(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func in _RANDOM and args[0].is_meta:
+            return args[0]  # to find that out itself takes torch a third of the time for the whole model
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
@@ -167,7 +173,8 @@ def slots(model: PreTrainedModel) -> list[Slot]:
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return [_slot(model, head, tuple(names[key]), tensor) for key, tensor in tensors.items()]
+    precise = cache(partial(_kept_precise, model))
+    return [_slot(model, head, tuple(names[key]), tensor, precise) for key, tensor in tensors.items()]
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -177,18 +184,22 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, tensor
 
 
-def _slot(model: PreTrainedModel, head: object, names: tuple[str, ...], tensor: Tensor) -> Slot:
+def _slot(
+    model: PreTrainedModel,
+    head: object,
+    names: tuple[str, ...],
+    tensor: Tensor,
+    precise: Callable[[torch.dtype | None], set[str]],
+) -> Slot:
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
     is_embedding = any(isinstance(owner, nn.Embedding) or owner is head for owner in owners)
     is_weight = len(names) == 1 and names[0].endswith(".weight") and is_linear(owners[0])
     linear = (
         owners[0]
-        if is_weight and not is_embedding and not _matches(names[0], _kept_precise(model, None))
+        if is_weight and not is_embedding and not _matches(names[0], precise(None))
         else None
     )
-    kept = tensor.is_floating_point() and any(
-        _matches(name, _kept_precise(model, tensor.dtype)) for name in names
-    )
+    kept = tensor.is_floating_point() and any(_matches(name, precise(tensor.dtype)) for name in names)
     return Slot(
         names=names,
         shape=tuple(tensor.shape),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ModelError
+from halfbyte.model.direct import PAGE, is_cached, read_direct
 
 # The limit of the format's own reader: a header is a table of contents, and a larger one is an attack.
 HEADER_LIMIT_BYTES = 100_000_000
@@ -84,6 +85,35 @@ class StoredTensor:
                     _damaged(self.file, f"tensor {self.name} ends after {done} of {self.nbytes} bytes")
                 done += got
         return raw.view(self.dtype).view(self.shape)
+
+    def pass_through(self, buffer: Tensor) -> Tensor:
+        """Read the tensor once, leaving nothing of it in the system's cache.
+
+        It comes straight from the disk where the system offers that and does not hold it already.
+
+        Args:
+            buffer: (≥ `room`,) uint8 of `aligned_bytes`.
+
+        Returns:
+            The tensor of its shape and dtype, a view into the buffer.
+
+        Raises:
+            ModelError: HB307 when the file ended since it was checked.
+        """
+        before = self.start % PAGE
+        end = before + self.nbytes
+        if before % self.dtype.itemsize == 0 and not is_cached(self.file, self.start, self.nbytes):
+            pages: Any = buffer[: -(-end // PAGE) * PAGE].numpy()
+            if read_direct(self.file, self.start - before, memoryview(pages)) >= end:
+                return buffer[before:end].view(self.dtype).view(self.shape)
+        tensor = self.read(buffer)
+        self.drop_from_cache()
+        return tensor
+
+    @property
+    def room(self) -> int:
+        """Bytes of the buffer that it passes through: the whole pages that it lies in."""
+        return self.nbytes + 2 * PAGE
 
     def piece(self, first: int, count: int) -> StoredTensor:
         """So many of its elements from `first` on, as (count,)."""
