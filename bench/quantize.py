@@ -5,16 +5,16 @@ It owns the settings measured; it must not know how anything is quantised.
     python bench/quantize.py [--quick]
 
 Speed: one bfloat16 matrix of normal numbers, double quantization and packing included, both sides in turn on all
-threads. Folder: `halfbyte quantize` of a sharded bfloat16 Llama that is in no cache, against reading the same files
-and writing as many bytes as come of it, one after the other, as fast as the disk does; HALFBYTE_BENCH_DISK names a
-folder on the disk to measure. Error: the sum of squared differences over every projection matrix of real models,
-the same bytes for both.
+threads. Folder: `halfbyte quantize` of a sharded bfloat16 Llama that is not in the system's cache, against reading
+the same files and writing as many bytes as come of it, one after the other, as fast as the disk does: past the
+cache, with huge pages. The host of a virtual machine may hold the files in a cache of its own, for both sides alike:
+the disk is then as fast as that. HALFBYTE_BENCH_DISK names a folder on the disk to measure. Error: the sum of
+squared differences over every projection matrix of real models, the same bytes for both.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
 import statistics
@@ -32,6 +32,8 @@ from transformers import LlamaConfig
 
 from figures import Figure, run, shared, time_sides
 from halfbyte.kernels import ops
+from halfbyte.model.direct import PAGE, aligned_bytes, read_direct
+from halfbyte.model.quantised_file import bytes_of
 from halfbyte.model.quantising import prepare, quantise_folder
 from halfbyte.quant.weight import QuantSpec, Scales
 
@@ -143,24 +145,25 @@ def forget(files: list[Path]) -> None:
 
 
 def read_all(files: list[Path]) -> float:
-    """Seconds for reading files from the first byte to the last."""
-    block = memoryview(mmap.mmap(-1, BLOCK))
+    """Seconds for reading files from the first byte to the last, past the system's cache."""
+    block = bytes_of(aligned_bytes(BLOCK))
     begin = time.perf_counter()
     for file in files:
-        with file.open("rb", buffering=0) as stream:
-            while got := stream.readinto(block):
-                os.posix_fadvise(stream.fileno(), stream.tell() - got, got, os.POSIX_FADV_DONTNEED)
+        nbytes = file.stat().st_size
+        done = sum(read_direct(file, first, block) for first in range(0, nbytes, BLOCK))
+        if done != nbytes:
+            sys.exit(f"{file} was not read past the system's cache; set HALFBYTE_BENCH_DISK to another disk")
     return time.perf_counter() - begin
 
 
 def write_all(file: Path, nbytes: int) -> float:
     """Seconds for writing that many bytes past the system's cache, until the disk has them."""
-    block = memoryview(mmap.mmap(-1, BLOCK))
+    block = bytes_of(aligned_bytes(BLOCK))
     block[:] = os.urandom(BLOCK)
     begin = time.perf_counter()
     handle = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_DIRECT)
-    for _ in range(-(-nbytes // BLOCK)):
-        os.write(handle, block)
+    for first in range(0, nbytes, BLOCK):
+        os.write(handle, block[: -(-min(BLOCK, nbytes - first) // PAGE) * PAGE])
     os.fdatasync(handle)
     os.close(handle)
     took = time.perf_counter() - begin

@@ -3,8 +3,8 @@
 It owns alignment, huge pages, and that nothing is lost where a system does not offer this; it must not know what the
 bytes mean.
 
-Through the cache every byte is copied, and its page found, counted and given back: for a file that is read once that is
-more work than quantising it. A disk takes memory page by page: in huge pages few requests are enough for much.
+Through the cache every byte is copied, and its page found, counted and given back: for a file that is read once that
+is more work than quantising it. A disk takes memory page by page: in huge pages few requests are enough for much.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import io
 import mmap
 import os
 import sys
-from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,8 +102,15 @@ def is_cached(file: Path, begin: int, nbytes: int) -> bool:
     return pages[0] * mmap.PAGESIZE * 2 > nbytes
 
 
+class Stretch(NamedTuple):
+    """Bytes of a ring's memory, from `begin` up to `end`."""
+
+    begin: int
+    end: int
+
+
 class Ring:
-    """Aligned memory that is given out stretch by stretch; what was taken first is given back first.
+    """Aligned memory that is given out stretch after stretch, round and round.
 
     Args:
         nbytes: How much there is. A stretch is never longer.
@@ -111,26 +118,23 @@ class Ring:
 
     def __init__(self, nbytes: int) -> None:
         self._memory = aligned_bytes(nbytes)
-        self._held: deque[tuple[int, int]] = deque()
+        self._held: list[Stretch] = []
         self._end = 0
 
-    def take(self, nbytes: int) -> Tensor | None:
-        """The next stretch; None while what is held leaves no room.
+    def take(self, nbytes: int) -> tuple[Stretch, Tensor] | None:
+        """The next stretch, and (nbytes,) uint8 that begin at a multiple of `PAGE`; None while it is not free.
 
         Args:
             nbytes: How much is wanted.
-
-        Returns:
-            (nbytes,) uint8, at a multiple of `PAGE`.
         """
         begin = self._end if self._end + nbytes <= len(self._memory) else 0
-        end = begin + nbytes
-        if any(begin < held_end and held_begin < end for held_begin, held_end in self._held):
+        wanted = Stretch(begin, begin + nbytes)
+        if any(begin < held.end and held.begin < wanted.end for held in self._held):
             return None
-        self._held.append((begin, end))
-        self._end = -(-end // PAGE) * PAGE
-        return self._memory[begin:end]
+        self._held.append(wanted)
+        self._end = -(-wanted.end // PAGE) * PAGE
+        return wanted, self._memory[begin : wanted.end]
 
-    def give_back(self) -> None:
-        """Have the stretch that was taken first of those still held given out again."""
-        self._held.popleft()
+    def give_back(self, stretch: Stretch) -> None:
+        """Have a stretch given out again."""
+        self._held.remove(stretch)

@@ -16,7 +16,7 @@ from typing import Self
 from torch import Tensor
 
 from halfbyte.errors import KernelError
-from halfbyte.model.direct import Ring
+from halfbyte.model.direct import Ring, Stretch
 from halfbyte.model.loading import check_tied, quantised, read_4bit, refuse_not_finite
 from halfbyte.model.matching import Entry
 from halfbyte.model.quantised_file import Layout
@@ -107,9 +107,7 @@ class Piece:
         return {self.name: kept}
 
 
-def cut(
-    found: list[Entry], tensors: Mapping[str, Tensor], layout: Layout, in_4bit: bool
-) -> Iterator[Piece]:
+def cut(found: list[Entry], tensors: Mapping[str, Tensor], layout: Layout, in_4bit: bool) -> Iterator[Piece]:
     """Everything that is written, in the order of its places.
 
     Args:
@@ -148,7 +146,7 @@ class ReadAhead:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = deque(pieces)
         self._memory = Ring(2 * max((piece.room for piece in pieces), default=0))
-        self._coming: deque[Future[Tensor | Weight4bit]] = deque()
+        self._coming: deque[tuple[Future[Tensor | Weight4bit], Stretch]] = deque()
         self._reader = ThreadPoolExecutor(1)
         self._ask()
 
@@ -156,18 +154,20 @@ class ReadAhead:
         """Whether a piece is on its way; else memory must be given back before the next one is."""
         return bool(self._coming)
 
-    def next(self) -> Tensor | Weight4bit:
-        """What the next piece holds."""
-        return self._coming.popleft().result()
+    def next(self) -> tuple[Tensor | Weight4bit, Stretch]:
+        """What the next piece holds, and the memory that is held for it."""
+        coming, held = self._coming.popleft()
+        return coming.result(), held
 
-    def give_back(self) -> None:
-        """Say that the piece which came first of those still held is needed no more."""
-        self._memory.give_back()
+    def give_back(self, held: Stretch) -> None:
+        """Say that the memory held for a piece is needed no more."""
+        self._memory.give_back(held)
         self._ask()
 
     def _ask(self) -> None:
-        while self._pieces and (buffer := self._memory.take(self._pieces[0].room)) is not None:
-            self._coming.append(self._reader.submit(self._pieces.popleft().read, buffer))
+        while self._pieces and (taken := self._memory.take(self._pieces[0].room)) is not None:
+            held, buffer = taken
+            self._coming.append((self._reader.submit(self._pieces.popleft().read, buffer), held))
 
     def __enter__(self) -> Self:
         return self

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 from torch import Tensor
 
 from halfbyte.model.direct import aligned_bytes, open_direct
@@ -29,9 +30,9 @@ class FileWriter:
     """Puts tensors in their places, unit after unit.
 
     The `rest` may be put at any time, the tensors of the other units in the order of their places. These pass through
-    two aligned buffers, one being filled while the other is written, straight to the disk where the file system allows
-    that; elsewhere the system's cache is written out and dropped every 64 MiB, so that neither way gigabytes wait in
-    memory.
+    two aligned buffers, one being filled while the other is written, straight to the disk where the file system
+    allows that; elsewhere the system's cache is written out and dropped every 64 MiB, so that neither way gigabytes
+    wait in memory. What is small waits until the disk is not busy with these.
 
     Args:
         file: The file; created, or gone on with.
@@ -45,13 +46,14 @@ class FileWriter:
         file.touch()
         self._plain = io.FileIO(file, "r+")
         self._direct = open_direct(file, "r+")
-        self._stage, self._other = (bytes_of(aligned_bytes(STAGE_BYTES)) for _ in range(2))
+        stages: list[Any] = [aligned_bytes(STAGE_BYTES).numpy() for _ in range(2)]
+        self._stage, self._other = stages
         self._disk = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         start = max(layout.units[name].end for name in (REST, *self.sha256))
         self._base, self._filled = start - start % PAGE, start % PAGE
         self._plain.seek(self._base)
-        self._plain.readinto(self._stage[: self._filled])
+        self._plain.readinto(memoryview(self._stage[: self._filled]))
         self._unsynced = 0
         self._hash = hashlib.sha256()
         self._small: list[tuple[int, bytes | memoryview]] = [(0, layout.header)]
@@ -82,7 +84,7 @@ class FileWriter:
         self._hash.update(data)
         while data:
             taken = min(len(data), STAGE_BYTES - self._filled)
-            self._stage[self._filled : self._filled + taken] = data[:taken]
+            self._stage[self._filled : self._filled + taken] = np.asarray(data[:taken])  # other threads go on
             data, self._filled = data[taken:], self._filled + taken
             if self._filled == STAGE_BYTES:
                 self._flush()
@@ -95,7 +97,7 @@ class FileWriter:
         """Have what is staged written, in whole pages; the last one is written again when there is more for it."""
         whole, begun = self._filled - self._filled % PAGE, self._filled % PAGE
         self._await_pages()
-        pages = self._stage[: whole + (PAGE if begun else 0)]
+        pages = memoryview(self._stage[: whole + (PAGE if begun else 0)])
         self._writing = self._disk.submit(self._write_pages, self._base, pages)
         self._other[:begun] = self._stage[whole : self._filled]
         self._stage, self._other = self._other, self._stage

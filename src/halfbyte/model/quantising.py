@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.data.fingerprint import FILE as FINGERPRINT
 from halfbyte.errors import ModelError
+from halfbyte.model.direct import Stretch
 from halfbyte.model.files import WEIGHTS, ModelFolder, open_model_folder
 from halfbyte.model.journal import Journal
 from halfbyte.model.linear4bit import features
@@ -297,7 +298,7 @@ def _facts(file: Path, layout: Layout, unit: str, sha256: str) -> dict[str, str]
 
 @contextmanager
 def _threads_for(spec: QuantSpec | None) -> Iterator[None]:
-    """Leave a processor to the digest, unless scales are searched for: only then do the kernels take longer than it."""
+    """Leave a processor to the digest, unless scales are searched for: only then do kernels take longer than it."""
     threads = torch.get_num_threads()
     if spec is None or spec.scales == "absmax":
         torch.set_num_threads(max(threads - 1, 1))
@@ -314,29 +315,35 @@ def _stream(work: Quantisation, writer: FileWriter, journal: Journal, progress: 
     done = total - sum(piece.nbytes for piece in pieces)
     record = _Recorder(work, writer, journal)
     with ReadAhead(pieces) as ahead, ThreadPoolExecutor(1) as scribe:
-        written: Future[bool] | None = None
+        writing: _Writing | None = None
         for piece in pieces:
-            if written is not None and not ahead:
-                _settle(written, ahead)
-                written = None
-            got = ahead.next()
+            if writing is not None and not ahead:
+                writing.settled(ahead)
+                writing = None
+            got, held = ahead.next()
             made = piece.made(got, work.spec)
-            if written is not None:
-                _settle(written, ahead)
-            if piece.becomes_4bit(work.spec):
-                ahead.give_back()
-            written = scribe.submit(record.put, piece, made)
+            if becomes_4bit := piece.becomes_4bit(work.spec):
+                ahead.give_back(held)
+            if writing is not None:
+                writing.settled(ahead)
+            writing = _Writing(scribe.submit(record.put, piece, made), None if becomes_4bit else held)
             done += piece.nbytes
             if progress is not None:
                 progress(done, total)
-        if written is not None:
-            _settle(written, ahead)
+        if writing is not None:
+            writing.settled(ahead)
 
 
-def _settle(written: Future[bool], ahead: ReadAhead) -> None:
-    """Wait until a piece is written; what is written as it was read is needed until then."""
-    if written.result():
-        ahead.give_back()
+class _Writing(NamedTuple):
+    """A piece that is being written, and the memory that is held until it is: where it is written as it was read."""
+
+    written: Future[None]
+    held: Stretch | None
+
+    def settled(self, ahead: ReadAhead) -> None:
+        self.written.result()
+        if self.held is not None:
+            ahead.give_back(self.held)
 
 
 class _Recorder:
@@ -346,8 +353,8 @@ class _Recorder:
         self._work, self._writer, self._journal = work, writer, journal
         self._unsynced = 0
 
-    def put(self, piece: Piece, made: Mapping[str, Tensor]) -> bool:
-        """Write a piece; whether it is written as it was read."""
+    def put(self, piece: Piece, made: Mapping[str, Tensor]) -> None:
+        """Write a piece."""
         for name, tensor in made.items():
             offset = piece.offset * tensor.element_size() if name == piece.name else 0
             self._writer.put(name, tensor, offset)
@@ -361,4 +368,3 @@ class _Recorder:
                 self._writer.sync()
                 self._journal.sync()
                 self._unsynced = 0
-        return not piece.becomes_4bit(self._work.spec)

@@ -194,11 +194,7 @@ def _slot(
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
     is_embedding = any(isinstance(owner, nn.Embedding) or owner is head for owner in owners)
     is_weight = len(names) == 1 and names[0].endswith(".weight") and is_linear(owners[0])
-    linear = (
-        owners[0]
-        if is_weight and not is_embedding and not _matches(names[0], precise(None))
-        else None
-    )
+    linear = owners[0] if is_weight and not is_embedding and not _matches(names[0], precise(None)) else None
     kept = tensor.is_floating_point() and any(_matches(name, precise(tensor.dtype)) for name in names)
     return Slot(
         names=names,
