@@ -38,6 +38,7 @@ def settings_in(folder: Path, shared: Shared) -> Make:
             "model": str(shared("models/stories260K-hf")),
             "output_dir": str(folder / "run"),
             "dtype": "float32",
+            "forecast": False,
             "lora": {"r": 4},
             "data": {"train": str(file), "eval_fraction": 0.25},
             "train": {"batch_size": 4, "epochs": 2, "learning_rate": 1e-2},

@@ -63,7 +63,7 @@ def load_config(
     return config
 
 
-CHANGEABLE = ("output_dir", "train.log_steps", "train.save_steps", "train.save_total_limit")
+CHANGEABLE = ("output_dir", "forecast", "train.log_steps", "train.save_steps", "train.save_total_limit")
 """What says nothing about the weights, as all of `evaluate` and `cost` does: a run may go on with others."""
 
 

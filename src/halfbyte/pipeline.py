@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from halfbyte import __version__
 from halfbyte.config import load_config, refuse_other_settings
 from halfbyte.data.order import Usage
-from halfbyte.errors import ConfigError, EvaluateError, listed
+from halfbyte.errors import ConfigError, listed
 from halfbyte.evaluate.measure import Measurement
-from halfbyte.govern.manifest import manifest
+from halfbyte.govern.manifest import Hardware, manifest
 from halfbyte.govern.recording import recorder_of
 from halfbyte.govern.run_folder import RunFolder, check_free
 from halfbyte.kernels import backends
@@ -29,10 +29,13 @@ from halfbyte.model.heads import head_route
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.residency import described_residency, streamer_of
 from halfbyte.model.same_base import read_base
+from halfbyte.plan.expect import Expected, expect, refuse, where_to_measure
 from halfbyte.plan.history import PastRun
+from halfbyte.plan.ledger import PLAN
 from halfbyte.plan.recorder import Recorder
+from halfbyte.report.amounts import in_words
 from halfbyte.report.noise_scale import noise_scale
-from halfbyte.report.plots import loss_curve
+from halfbyte.report.plots import draw_loss
 from halfbyte.report.summary import Setting, Summary, compare, side_by_side
 from halfbyte.report.trackers import check_installed, tracked
 from halfbyte.report.watch import Part, Watch
@@ -50,7 +53,6 @@ from halfbyte.train.methods import (
     counted_parts,
     make_trainable,
     result_name,
-    weights_name,
 )
 from halfbyte.train.metrics import peak_rss_bytes
 from halfbyte.train.plan import Plan
@@ -122,6 +124,8 @@ def _run(
         task = prepare(config, progress=part.progress)
         part.say(task.described())
     _note_oddities(task, folder, watch)
+    expected = _expect(task, folder, watch, evaluate)
+    task = task.residing(expected.residency)
     with _phase("load model", folder, watch) as part:
         model = task.load(part.progress)
         part.say(described_residency(model))
@@ -130,7 +134,7 @@ def _run(
     _make_ready(task, model, folder, watch)
     measured = partial(_measure, task=task, model=model, folder=folder, watch=watch)
     before = measured("before") if evaluate else None
-    _plan_memory(task, model, folder, watch, checkpoint is not None)
+    _plan_memory(task, model, folder, watch, is_resumed=checkpoint is not None, expected=expected)
 
     display = tracked(watch.training(config.train.log_steps), config, folder.path, watch.note)
     how = replace(_how(task, model), display=display, resume=checkpoint, is_proven=True)
@@ -146,11 +150,11 @@ def _run(
         part.say(str(result))
     after = measured("after") if evaluate else None
 
-    _draw(training.metrics, folder, watch)
+    draw_loss(training.metrics, folder / "loss", watch.note)
     size = ModelSize.of(model)
     recorder.parts |= counted_parts(model)
     summary = Summary(
-        setting=_setting(task, size),
+        setting=Setting.of(task, size),
         changes=compare(before, after, resamples=config.evaluate.bootstrap, seed=config.seed),
         samples=side_by_side(before, after, config.evaluate.samples),
         training=training,
@@ -172,11 +176,13 @@ class Rehearsal:
         task: Its rows.
         plan: The steps that training would have.
         trial: What a step on the largest batch took.
+        expected: What was forecast.
     """
 
     task: Task[Any]
     plan: Plan
     trial: Trial
+    expected: Expected
 
     @property
     def seconds(self) -> float:
@@ -209,19 +215,24 @@ def rehearse(config: Config, overwrite: bool = False, *, watch: Watch | None = N
     for note in task.notes():
         watch.note(note)
     task.check_fit(task.skeleton())
+    with watch.part("forecast") as part:
+        expected = expect(task, _machine_key(), measured=True)
+        _say_expected(expected, part)
+        refuse(task, expected)
+    task = task.residing(expected.residency)
     with watch.part("load model") as part:
         model = task.load(part.progress)
     with watch.part("try a step") as part:
         make_trainable(model, config)
         task.begin(model, part.progress)
-        choose_kept(task, model)
+        choose_kept(task, model, **expected.held)
         with enough_memory("measuring the longest held-out rows"):
             task.longest_held_out().measure(model, part.progress)
         trial = rehearse_training(model, task.rows.train, task.config.train, _how(task, model))
         part.say(f"{trial.tokens:,} tokens in {trial.seconds:.2f} s")
         if trial.deviation is not None:
             part.say(trial.deviation.described())
-    return Rehearsal(task, task.plan(), trial)
+    return Rehearsal(task, task.plan(), trial, expected)
 
 
 def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None = None) -> Measurement:
@@ -242,6 +253,7 @@ def evaluate(config: Config, adapter: Path | None = None, *, watch: Watch | None
     if skipped := task.rows.reading.skipped:
         watch.note(f"{len(skipped):,} bad rows skipped" + listed(list(map(str, skipped))))
     _check_template(task, [Path(config.model), *([adapter] if adapter else [])], watch)
+    task = task.residing(where_to_measure(task))
     with watch.part("load model") as part:
         model = task.load_trained(adapter, part.progress)
     with watch.part("measure") as part:
@@ -299,6 +311,32 @@ def _phase(name: str, folder: RunFolder, watch: Watch) -> Iterator[Part]:
         yield part
 
 
+def _expect(task: Task[Any], folder: RunFolder, watch: Watch, evaluate: bool) -> Expected:
+    """Forecast the run and write that down; refuse it if it does not fit."""
+    if not task.config.forecast:
+        expected = expect(task, (), measured=evaluate)
+        folder.write_json(PLAN, expected.planned.as_dict())
+        return expected
+    with _phase("forecast", folder, watch) as part:
+        expected = expect(task, _machine_key(), measured=evaluate)
+        folder.write_json(PLAN, expected.planned.as_dict())
+        _say_expected(expected, part)
+        refuse(task, expected)
+    return expected
+
+
+def _say_expected(expected: Expected, part: Part) -> None:
+    part.say(in_words(expected.outlook.forecast) if expected.outlook else f"none: {expected.planned.why}")
+    if expected.because:
+        part.say(expected.because)
+
+
+def _machine_key() -> tuple[object, ...]:
+    """What tells this machine's runs from others."""
+    here = Hardware.here()
+    return (here.processor, here.cores, __version__)
+
+
 def _make_ready(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watch: Watch) -> None:
     """Refuse what can be refused before anything is measured; a fresh adapter answers as its base or the original."""
     make_trainable(model, task.config)
@@ -310,7 +348,13 @@ def _make_ready(task: Task[Any], model: PreTrainedModel, folder: RunFolder, watc
 
 
 def _plan_memory(
-    task: Task[Any], model: PreTrainedModel, folder: RunFolder, watch: Watch, is_resumed: bool
+    task: Task[Any],
+    model: PreTrainedModel,
+    folder: RunFolder,
+    watch: Watch,
+    *,
+    is_resumed: bool,
+    expected: Expected,
 ) -> None:
     """Decide what layers keep for the backward pass, and say which run fused."""
     with _phase("plan memory", folder, watch) as part:
@@ -320,7 +364,7 @@ def _plan_memory(
                 part.say(f"{kind.layers} {kind.type} are not fused: {kind.why}")
         lossy = task.config.train.activations == "8bit"
         earlier = folder.last("memory") if is_resumed and lossy else None
-        plan, tokens = choose_kept(task, model, earlier["keeps"] if earlier else None)
+        plan, tokens = choose_kept(task, model, earlier["keeps"] if earlier else None, **expected.held)
         if plan is not None:
             folder.event("memory", tokens=tokens, **plan.as_dict())
             part.say(plan.described())
@@ -401,34 +445,3 @@ def _manifest(task: Task[Any]) -> dict[str, Any]:
         "rows_sha256": {"train": rows.train.sha256, "held_out": rows.held_out.sha256},
     }
     return manifest(__version__, config.seed, Path(config.model), task.files(), facts)
-
-
-def _draw(metrics: Path, folder: RunFolder, watch: Watch) -> None:
-    """Draw the loss curve, or say what is missing for it: a finished run is not lost for a picture."""
-    try:
-        loss_curve(metrics, folder / "loss")
-    except EvaluateError as error:
-        if error.code != "HB606":
-            raise
-        watch.note(f"No loss curve: {error.what}. To do: {error.fix}")
-
-
-def _setting(task: Task[Any], size: ModelSize) -> Setting:
-    """What was run, for the summary."""
-    config, rows = task.config, task.rows
-    return Setting(
-        task=config.task,
-        model=config.model,
-        method=config.method,
-        template=rows.template,
-        weights=weights_name(config),
-        scales=config.quantization.scales if config.method == "qlora" else None,
-        trainable_parameters=size.trainable,
-        parameters=size.total,
-        weight_bytes=size.nbytes,
-        train_rows=task.count(rows.train),
-        held_out_rows=task.count(rows.held_out),
-        truncated_rows=sum(rows.cut),
-        misaligned_rows=rows.misaligned,
-        skipped_rows=len(rows.reading.skipped),
-    )

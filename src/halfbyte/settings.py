@@ -356,6 +356,9 @@ class Config(_Section):
     4 bits (halfbyte quantize) or method lora; auto: streamed where memory would not hold it."""
     memory_gb: float | None = Field(None, gt=0)
     """GB of memory that the run may take; null: what is free."""
+    forecast: bool = True
+    """Forecast memory, time and cost before the model is loaded, and refuse what does not fit; false: neither, and
+    residency auto is resident."""
     seed: int = Field(0, ge=0, lt=SEED_LIMIT)
     """Decides initial adapter, order of rows, held-out rows and dropout."""
     output_dir: str = "runs/run"

@@ -51,10 +51,10 @@ def test_tensors_without_memory_are_counted_as_real_ones_are(model: Path, method
     live = LiveBytes(SCRATCH, KINDS)
     for tensor in (*real.parameters(), *real.buffers()):
         live.know(tensor.data, "base")
-    live.peaks.clear()
+    live.count.peaks.clear()
     with live, live.doing("backward", "activations"):
         accumulate(real, work.largest, work.largest.trained_tokens, RowNames(), TokenLoss())
-    counted = max(live.peaks.values(), key=lambda moment: moment.resident).live
+    counted = max(live.count.peaks.values(), key=lambda moment: moment.resident).live
     residency = None if method == "full" else "resident"
     found = forecast(config, activation_bytes=budget, residency=residency).memory
     of_pass = found.activations + found.loss + found.gradients

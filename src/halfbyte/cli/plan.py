@@ -61,6 +61,12 @@ def plan(
     budget: Annotated[float | None, typer.Option("--budget", min=0.0, help="Most money, in USD.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the recommended recipe here.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine anew.")] = False,
+    all_ways: Annotated[
+        bool, typer.Option("--all", help="Also ways with less dear optimizer states and activations.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw the memory of each way here, as SVG.")
+    ] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Rank model folders for 4 bits and low-rank tuning.")
     ] = False,
@@ -81,7 +87,7 @@ def plan(
     config = _settings(folders[0], recipe, data, (max_length, batch))
     machine = find_hardware(Path(config.output_dir)) if hardware is None else named_hardware(hardware)
     limits = _limits(machine, memory_gb, deadline, budget)
-    found, impossible = _choices(config, _work(config, data, tokens), (machine, limits), calibrate)
+    found, impossible = _choices(config, _work(config, data, tokens), (machine, limits), calibrate, all_ways)
     best = recommended(found) if any(choice.fits for choice in found) else None
     if as_json:
         print_json(_as_json(found, impossible, best, machine))
@@ -105,20 +111,33 @@ def _limits(machine: Hardware, memory_gb: float | None, deadline: str | None, bu
 
 
 def _choices(
-    config: Config, work: Work, on: tuple[Hardware, Limits], again: bool
+    config: Config, work: Work, on: tuple[Hardware, Limits], again: bool, every_saving: bool
 ) -> tuple[list[Choice], dict[str, str]]:
     """Every way of tuning on a machine, measured or of the table."""
+    from halfbyte.govern.manifest import Hardware as Here
     from halfbyte.plan.calibrate import calibrate
-    from halfbyte.plan.choose import choices
-    from halfbyte.plan.forecast import dtype_of
+    from halfbyte.plan.choose import Asked, choices
+    from halfbyte.plan.expect import MEASURED_RUNTIME
+    from halfbyte.plan.forecast import Machine, dtype_of
+    from halfbyte.plan.history import runs_beside
     from halfbyte.plan.work import Sizes
+    from halfbyte.version import __version__
 
     machine, limits = on
     with STDERR.status("measuring this machine (a few seconds, once)"):
         calibration = calibrate(config, work, Sizes.of(config.model, dtype_of(config)), again=again)
+    here, past = Here.here(), runs_beside(Path(config.output_dir))
     if machine.speeds is not None:
-        calibration = calibration.on(machine.name, machine.speeds, machine.date)
-    return choices(config, work, calibration, machine, limits)
+        calibration, past = calibration.on(machine.name, machine.speeds, machine.date), ()
+    where = Machine(
+        limits.memory_bytes,
+        calibration.runtime(config),
+        MEASURED_RUNTIME,
+        calibration,
+        past,
+        (here.processor, here.cores, __version__),
+    )
+    return choices(config, Asked(work, where, machine, limits), every_saving=every_saving)
 
 
 def _look_at(folders: list[Path], audit: bool, history: bool, as_json: bool) -> None:
@@ -183,10 +202,7 @@ def _work(config: Config, data: list[str] | None, tokens: str) -> Work:
         from halfbyte.tasks.known import prepare
 
         task = prepare(config)
-        facts = task.facts()
-        trained, all_of = facts.get("trained_tokens"), facts.get("train_tokens")
-        share = trained / all_of if isinstance(trained, int) and isinstance(all_of, int) and all_of else 1.0
-        return Work.of(task.rows.train.lengths, config, share)
+        return Work.of_task(task)
     try:
         count = int(float(tokens))
     except ValueError:

@@ -124,7 +124,9 @@ def _rehearse(config: Config, wishes: Wishes) -> None:
 
     found = rehearse(config, wishes.overwrite or wishes.resume, watch=Watch(STDERR))
     if wishes.as_json:
-        print_json(_facts(found) | {"largest_batch": asdict(found.trial), "training_seconds": found.seconds})
+        planned = found.expected.planned.as_dict()
+        own = {"largest_batch": asdict(found.trial), "training_seconds": found.seconds}
+        print_json(_facts(found) | own | {"forecast": planned["forecast"], "forecast_why": planned["why"]})
     else:
         _print_rehearsal(found)
 
@@ -148,13 +150,16 @@ def _facts(found: Rehearsal) -> dict[str, Any]:
 def _print_rehearsal(found: Rehearsal) -> None:
     from halfbyte.cli.row_view import print_example
     from halfbyte.data.order import Usage
+    from halfbyte.report.amounts import in_words
     from halfbyte.tasks.words import WordsTask
     from halfbyte.train.display import duration
 
     trial, peak = found.trial, size(found.trial.peak_rss_bytes)
+    planned = found.expected.planned
     facts = _facts(found) | {
         "first_epoch": Usage.of(found.plan.order).described(),
         "largest_batch": f"{trial.tokens:,} tokens in {trial.seconds:.2f} s, {peak} at most for the whole process",
+        "forecast": in_words(planned.forecast) if planned.forecast else f"none: {planned.why}",
         "training": f"about {duration(found.seconds)} at that speed",
     }
     STDOUT.print(

@@ -26,7 +26,7 @@ def recorder_of(folder: RunFolder, config: Config, version: str, resumed_after: 
         resumed_after: Step after which it goes on; 0 for a new run.
     """
     if not (folder / PLAN).exists():
-        folder.write_json(PLAN, Planned().as_dict())
+        folder.write_json(PLAN, Planned(why="the run ended before one was made").as_dict())
     return Recorder(
         folder.path,
         config,

@@ -11,7 +11,7 @@ weights) runs the layer's own code, and `describe` says so.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,6 +206,7 @@ def plan_memory(
     folder: Path = Path(),
     speeds: Speeds | None = None,
     earlier: Sequence[str] | None = None,
+    offload: Callable[[Path, int], Offload] = Offload,
 ) -> KeepPlan | None:
     """Set what every fused layer keeps for its backward pass, and how.
 
@@ -217,6 +218,7 @@ def plan_memory(
         folder: Where layers on disk wait, in a file without a name; the nearest folder above, if it is not there.
         speeds: Of the machine; None measures them where they decide.
         earlier: Names of a choice that is to be taken again.
+        offload: Makes that file, of a folder and the bytes it is to hold.
 
     Returns:
         The choice; None for a model without fused layers, whose memory is torch's affair.
@@ -235,10 +237,10 @@ def plan_memory(
         plan = same_keeps(layers, tokens, itemsize, budget_bytes, earlier)
     else:
         plan = plan_keeps(layers, tokens, itemsize, budget_bytes, activations=activations, speeds=speeds)
-    offload = Offload(folder, plan.disk_bytes) if plan.disk_bytes else None
+    file = offload(folder, plan.disk_bytes) if plan.disk_bytes else None
     for module, keep in zip(modules, plan.keeps, strict=True):
         assert isinstance(module, _Fused)
-        module.keep, module.offload = keep, offload
+        module.keep, module.offload = keep, file
     return plan
 
 

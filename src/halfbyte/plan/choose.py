@@ -6,8 +6,10 @@ shown.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from halfbyte.config import load_config
 from halfbyte.errors import HalfbyteError, PlanError
@@ -19,11 +21,11 @@ from halfbyte.plan.terms import Estimate, Forecast
 from halfbyte.plan.work import Sizes
 
 if TYPE_CHECKING:
+    from halfbyte.model.keep import Activations
     from halfbyte.model.residency import Residency
-    from halfbyte.plan.calibrate import Calibration
     from halfbyte.plan.hardware import Hardware
     from halfbyte.plan.work import Work
-    from halfbyte.settings import Config
+    from halfbyte.settings import Config, Optimizer
 
 Way = Literal["keep", "recompute", "stream"]
 
@@ -35,6 +37,30 @@ WAYS: tuple[tuple[str, Way], ...] = (
     *((method, way) for method in ("lora", "qlora") for way in ("keep", "recompute", "stream")),
 )
 """By preference of method: full tuning moves every weight, LoRA keeps the base as it is, QLoRA rounds it."""
+
+
+class Saving(NamedTuple):
+    """Settings that take less memory.
+
+    Attributes:
+        optimizer: In place of adamw.
+        activations: What layers may do beside keeping and computing again.
+        ways: Of tuning that it helps; empty for all.
+    """
+
+    optimizer: Optimizer
+    activations: Activations = "exact"
+    ways: tuple[Way, ...] = ()
+
+
+SAVINGS = (
+    Saving("adamw_8bit"),
+    Saving("paged_adamw_8bit"),
+    Saving("paged_adamw_8bit", "8bit", ("keep",)),
+    Saving("paged_adamw_8bit", "disk"),
+)
+"""In the order in which they are tried: 8 bits of state cost nothing that was seen, pages some time, activations in 8
+bits a little of the gradient, and activations on disk the most time."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +91,7 @@ class Choice:
         forecast: What it takes.
         lacks: What is too little, in words; empty where it fits.
         before: Commands to be given first.
+        saving: Settings that take less memory than the plain way: an optimizer, what layers may do.
     """
 
     method: str
@@ -73,11 +100,12 @@ class Choice:
     forecast: Forecast
     lacks: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    saving: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The choice in words."""
-        return f"{self.method}, {self.way}"
+        return ", ".join([self.method, self.way, *self.saving])
 
     @property
     def fits(self) -> bool:
@@ -85,17 +113,32 @@ class Choice:
         return not self.lacks
 
 
+class Asked(NamedTuple):
+    """For what ways are looked for.
+
+    Attributes:
+        work: What there is to do.
+        machine: Where, and what is known of it.
+        hardware: The same as it is called and paid for.
+        limits: What a run may take.
+    """
+
+    work: Work
+    machine: Machine
+    hardware: Hardware
+    limits: Limits
+
+
 def choices(
-    config: Config, work: Work, calibration: Calibration, hardware: Hardware, limits: Limits
+    config: Config, asked: Asked, *, every_saving: bool = False
 ) -> tuple[list[Choice], dict[str, str]]:
-    """Every way of tuning, with what it takes.
+    """Every way of tuning, with what it takes. Where none fits, each way is tried with less dear states of the
+    optimizer, then with layers that keep in 8 bits or on disk; the first of these that fits is a further choice.
 
     Args:
         config: Settings that all have in common.
-        work: What there is to do.
-        calibration: Of the machine.
-        hardware: The machine.
-        limits: What a run may take.
+        asked: Work, machine and limits.
+        every_saving: Have all of these as choices, also where they are not needed.
 
     Returns:
         The ways, by preference of method; and those that cannot be, with the reason.
@@ -104,10 +147,31 @@ def choices(
     not_possible: dict[str, str] = {}
     for method, way in WAYS:
         try:
-            found.append(_choice(config, method, way, (work, calibration, hardware, limits)))
+            found.append(_choice(config, method, way, asked))
         except HalfbyteError as error:
             not_possible[f"{method}, {way}"] = error.what
+    if every_saving:
+        found = [each for plain in found for each in (plain, *_with_savings(config, plain, asked))]
+    elif not any(choice.fits for choice in found):
+        found = [each for plain in found for each in (plain, *_first_that_fits(config, plain, asked))]
     return found, not_possible
+
+
+def _first_that_fits(config: Config, plain: Choice, asked: Asked) -> list[Choice]:
+    fitting = (choice for choice in _with_savings(config, plain, asked) if choice.fits)
+    return list(itertools.islice(fitting, 1))
+
+
+def _with_savings(config: Config, plain: Choice, asked: Asked) -> Iterator[Choice]:
+    """A way with settings that take less memory, the cheapest of them first."""
+    for saving in SAVINGS:
+        changes_optimizer = config.train.optimizer == "adamw" and saving.optimizer != "adamw"
+        if saving.ways and plain.way not in saving.ways:
+            continue
+        if saving.activations != "exact" and plain.method == "full":  # whose layers are not fused
+            continue
+        if changes_optimizer or saving.activations != config.train.activations:
+            yield _choice(config, plain.method, plain.way, asked, saving)
 
 
 def recommended(found: list[Choice]) -> Choice:
@@ -135,16 +199,19 @@ def nothing_fits(found: list[Choice]) -> PlanError:
     )
 
 
-def refuse_what_does_not_fit(config: Config, expected: Forecast, limits: Limits) -> None:
+def refuse_what_does_not_fit(
+    config: Config, expected: Forecast, limits: Limits, ask: Callable[[Limits], Asked] | None = None
+) -> None:
     """Refuse a run before its model is loaded.
 
     Args:
         config: Its settings.
         expected: What it would take.
         limits: What it may take.
+        ask: Work and machine, to look for the nearest plan that fits; None looks for none.
 
     Raises:
-        PlanError: HB704 with what lacks, and the settings that would take less.
+        PlanError: HB704 with what lacks, and the plan or the settings that would take less.
     """
     lacks = _lacks(expected, limits)
     if not lacks:
@@ -160,21 +227,55 @@ def refuse_what_does_not_fit(config: Config, expected: Forecast, limits: Limits)
         "HB704",
         f"the run does not fit: {'; '.join(lacks)}",
         where=f"method {config.method}",
-        fix=f"{', '.join(less) or 'take a smaller model'}; halfbyte plan {config.model} shows what fits",
+        fix=_nearest(config, ask(limits)) if ask else ", ".join(less) or "take a smaller model",
     )
 
 
-def _choice(
-    config: Config, method: str, way: Way, given: tuple[Work, Calibration, Hardware, Limits]
-) -> Choice:
-    work, calibration, hardware, limits = given
+def _nearest(config: Config, asked: Asked) -> str:
+    """The plan that fits and is best, or the one that comes nearest, with the settings that make it."""
+    found, _ = choices(config, asked)
+    fitting = any(choice.fits for choice in found)
+    if not fitting:
+        return str(nothing_fits(found).what) + "; lower data.max_length or train.batch_size, or give more"
+    best = recommended(found)
+    first = "".join(f"first {command}, then " for command in best.before)
+    takes = _gb(best.forecast.peak_bytes)
+    return f"{best.name} would fit, with {takes}: {first}set {_differing(config, best.config)}"
+
+
+def _differing(config: Config, other: Config) -> str:
+    """The settings of another recipe that are not this one's."""
+    found = [
+        f"{name}={value}"
+        for name, value in (
+            ("model", other.model),
+            ("method", other.method),
+            ("residency", other.residency),
+            ("train.optimizer", other.train.optimizer),
+            ("train.activations", other.train.activations),
+            ("train.activation_memory_gb", other.train.activation_memory_gb),
+        )
+        if value != _value(config, name)
+    ]
+    return ", ".join(found).replace("=None", "=null")
+
+
+def _value(config: Config, name: str) -> Any:
+    section, _, leaf = name.rpartition(".")
+    return getattr(config.train if section else config, leaf)
+
+
+def _choice(config: Config, method: str, way: Way, asked: Asked, saving: Saving | None = None) -> Choice:
+    work, machine, hardware, limits = asked
     folder = open_for_plan(config.model)
     before: tuple[str, ...] = ()
     extra_disk = 0
     settings: dict[str, Any] = config.model_dump()
     settings["method"] = method
     settings["residency"] = {"stream": "streamed"}.get(way, "resident") if method != "full" else "auto"
-    settings["train"]["activation_memory_gb"] = KEEP_GB if way == "keep" else RECOMPUTE_GB
+    bound = {"keep": KEEP_GB if saving is None else None}.get(way, RECOMPUTE_GB)
+    settings["train"]["activation_memory_gb"] = bound
+    told = _save(settings["train"], saving) if saving is not None else ()
     if method != "qlora" and stored_in_4bit(folder):
         raise PlanError("HB705", "the folder holds its weights in 4 bits", fix="use the 16-bit folder")
     chosen = load_config(None, base=settings)
@@ -188,17 +289,27 @@ def _choice(
     residency: Residency | None = None
     if method != "full":
         residency = "streamed" if way == "stream" else "resident"
-    machine = Machine(limits.memory_bytes, limits.disk_bytes or 0)
-    expected = forecast(chosen, work, calibration, machine, residency, folder=folder)
+    own = machine.for_runs_like(config=chosen, residency=residency)
+    expected = forecast(chosen, work, own, residency, folder=folder).forecast
     expected = replace(expected, disk_bytes=expected.disk_bytes + extra_disk)
     if not hardware.is_here:
         expected = replace(
             expected, energy=_energy(expected.seconds, hardware), cost=_cost(expected.seconds, hardware)
         )
-    used = settings if way != "keep" else _without_bound(settings)
-    return Choice(
-        method, way, load_config(None, base=used), expected, tuple(_lacks(expected, limits)), before
-    )
+    used = load_config(None, base=settings if way != "keep" else _without_bound(settings))
+    return Choice(method, way, used, expected, tuple(_lacks(expected, limits)), before, told)
+
+
+def _save(train: dict[str, Any], saving: Saving) -> tuple[str, ...]:
+    """Have a recipe save memory; the settings in words."""
+    told: list[str] = []
+    if train["optimizer"] == "adamw" and saving.optimizer != "adamw":
+        train["optimizer"] = saving.optimizer
+        told.append(saving.optimizer)
+    if saving.activations != "exact":
+        train["activations"] = saving.activations
+        told.append(f"activations {saving.activations}")
+    return tuple(told)
 
 
 def _without_bound(settings: dict[str, Any]) -> dict[str, Any]:

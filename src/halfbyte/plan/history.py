@@ -6,7 +6,7 @@ It owns the comparison and the correction; it must not know how forecasts are ma
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,12 @@ from halfbyte.plan.terms import Estimate, Memory
 
 FEWEST_RUNS = 3
 """Of as many runs the median survives one that something else disturbed."""
+
+MOST = 1.5
+"""No correction goes further: beyond it a forecast is wrong in its making, and no factor mends that."""
+
+RUNS_READ = 50
+"""Of the runs beside one, as many are read, the newest."""
 
 
 class Difference(NamedTuple):
@@ -152,16 +158,30 @@ def look_back(folders: Iterable[Path]) -> History:
     return History(tuple(sorted(runs, key=lambda run: run.ledger.began)), tuple(refused))
 
 
-def recalibration(runs: Sequence[PastRun], machine: tuple[object, ...]) -> Factors:
+def runs_beside(folder: Path) -> tuple[PastRun, ...]:
+    """The newest runs that lie in the same folder as one.
+
+    Args:
+        folder: Of a run, which need not be there.
+    """
+    ledgers = sorted(folder.absolute().parent.glob(f"*/{LEDGER}"), key=lambda file: file.stat().st_mtime)
+    found = [(file.parent, read_ledger(file.parent)) for file in ledgers[-RUNS_READ:]]
+    return tuple(PastRun.of(place, ledger) for place, ledger in found if isinstance(ledger, Ledger))
+
+
+def recalibration(
+    runs: Sequence[PastRun], machine: tuple[object, ...], like: Mapping[str, str] | None = None
+) -> Factors:
     """What the next forecasts for a machine are to be multiplied with: median of measured by forecast.
 
     Forecasts that were multiplied already are taken as they were before. All memory that a forecast does not account
     for is taken to be the runtime's. Only runs of the same processor, cores and version count that did not fail, and
-    of these only where a step was timed and the peak is the run's own.
+    of these only where a step was timed, or the peak is the run's own.
 
     Args:
         runs: Past runs.
         machine: `Ledger.machine_key` of the machine and version to forecast for.
+        like: Assumptions that their forecasts must have made.
     """
     times, runtimes = [], []
     for run in runs:
@@ -171,6 +191,7 @@ def recalibration(runs: Sequence[PastRun], machine: tuple[object, ...]) -> Facto
             or planned.forecast is None
             or took.machine_key != machine
             or took.state == "failed"
+            or not (like or {}).items() <= planned.forecast.assumptions.items()
         ):
             continue
         step, memory = planned.forecast.step_seconds.mid, planned.forecast.memory
@@ -179,17 +200,29 @@ def recalibration(runs: Sequence[PastRun], machine: tuple[object, ...]) -> Facto
         ratio = _runtime_ratio(memory, took)
         if ratio is not None:
             runtimes.append(ratio * planned.factors.runtime)
-    counted = min(len(times), len(runtimes))
-    if counted < FEWEST_RUNS:
-        why = f"{counted} run(s) of this machine and version tell forecast and measurement, {FEWEST_RUNS} are needed"
+    enough = [len(each) for each in (times, runtimes) if len(each) >= FEWEST_RUNS]
+    if not enough:
+        most = max(len(times), len(runtimes))
+        why = f"{most} run(s) of this machine and version tell forecast and measurement, {FEWEST_RUNS} are needed"
         return Factors(runs=0, why=why)
     return Factors(
-        time=statistics.median(times),
-        runtime=statistics.median(runtimes),
-        runs=counted,
+        time=_correction(times),
+        runtime=_correction(runtimes),
+        runs=min(enough),
         why="",
-        spread=((min(times), max(times)), (min(runtimes), max(runtimes))),
+        spread=(_spread(times), _spread(runtimes)),
     )
+
+
+def _correction(ratios: list[float]) -> float:
+    """The median of enough ratios, within bounds; 1 where they are too few."""
+    if len(ratios) < FEWEST_RUNS:
+        return 1.0
+    return min(MOST, max(1 / MOST, statistics.median(ratios)))
+
+
+def _spread(ratios: list[float]) -> tuple[float, float]:
+    return (min(ratios), max(ratios)) if len(ratios) >= FEWEST_RUNS else (1.0, 1.0)
 
 
 def _runtime_ratio(memory: Memory, took: Ledger) -> float | None:

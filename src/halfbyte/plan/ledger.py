@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -45,6 +46,10 @@ class Factors:
 
     __pydantic_config__ = _STRICT
 
+    def described(self) -> str:
+        """The correction in a few words."""
+        return f"time × {self.time:.3f}, runtime memory × {self.runtime:.3f}, from {self.runs} runs like this one"
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -53,17 +58,21 @@ class Planned:
     Attributes:
         forecast: None where none was made.
         factors: What it was multiplied with already.
+        why: Why none was made; empty where one was.
     """
 
     forecast: Forecast | None = None
     factors: Factors = field(default_factory=Factors)
+    why: str = ""
 
     __pydantic_config__ = _STRICT
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, with their digest."""
         forecast = None if self.forecast is None else self.forecast.as_dict()
-        return _signed({"version": VERSION, "forecast": forecast, "factors": asdict(self.factors)})
+        return _signed(
+            {"version": VERSION, "forecast": forecast, "factors": asdict(self.factors), "why": self.why}
+        )
 
 
 @dataclass(frozen=True)
@@ -175,8 +184,7 @@ def read_ledger(folder: Path) -> Ledger | Refused | None:
     content = _read(folder / LEDGER)
     if not isinstance(content, dict):
         return content
-    adapter: TypeAdapter[Ledger] = TypeAdapter(Ledger)
-    return _checked(folder / LEDGER, adapter, content)
+    return _checked(folder / LEDGER, _form_of(Ledger), content)
 
 
 def read_plan(folder: Path) -> Planned | Refused | None:
@@ -190,8 +198,13 @@ def read_plan(folder: Path) -> Planned | Refused | None:
         return content
     if isinstance(forecast := content.get("forecast"), dict) and isinstance(forecast.get("memory"), dict):
         forecast["memory"].pop("total", None)
-    adapter: TypeAdapter[Planned] = TypeAdapter(Planned)
-    return _checked(folder / PLAN, adapter, content)
+    return _checked(folder / PLAN, _form_of(Planned), content)
+
+
+@cache
+def _form_of(kind: type[Read]) -> TypeAdapter[Read]:
+    """Made once: it takes longer than reading many files."""
+    return TypeAdapter(kind)
 
 
 def _signed(content: dict[str, Any]) -> dict[str, Any]:

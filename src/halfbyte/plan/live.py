@@ -1,7 +1,7 @@
 """Counting the bytes of tensors that live while real code runs on tensors without memory.
 
-It owns tensors without memory and the count of what lives, by what it was made for; it must not know models,
-settings, or what is done with the count.
+It owns tensors without memory and what is told of them to the count; it must not know models, settings, or what is
+done with the count.
 
 A tensor without memory has shape, strides and dtype and says that it lies on the CPU; operations on it make others of
 the right shape and compute nothing. What is computed from real, small tensors (positions, documents, labels) is
@@ -11,7 +11,6 @@ computed for real, so that code which looks at numbers takes its usual way.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,35 +21,31 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from halfbyte.plan.heap import Block, Heap
+from halfbyte.plan.count import Count, Event
 
 Scratch = Callable[..., list[int]]
 """Sizes of the blocks that a kernel takes beside its results, from its arguments."""
-
-OBJECT_BYTES = 700
-"""About what torch keeps of a tensor beside its numbers: the tensor, its storage, its node in the graph. They lie
-between the numbers of others and keep freed memory from growing together."""
-
-HEAP_SLACK = 0.055
-"""Of what comes and goes, how much more a real heap takes than the imitated one: slivers cut off for alignment keep
-its free blocks apart. Measured: bench/forecast.py."""
 
 _SHOWN = 2.0
 """What a number without memory is taken for where code asks: finite, true, and a norm that is clipped."""
 
 
-class Moment(NamedTuple):
-    """What is in memory at one time.
+_CPU = torch.device("cpu")
 
-    Attributes:
-        phase: What was being done.
-        resident: Bytes taken from the system.
-        live: Bytes of tensors and scratch by kind, no more than `resident`.
-    """
 
-    phase: str
-    resident: int
-    live: Counter[str]
+class _Tensor(NamedTuple):
+    """What a tensor is, but for its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _form(of: Any) -> Any:
+    """Arguments or results with every tensor as its form, and every list as a tuple."""
+    if isinstance(of, Tensor):
+        return _Tensor(tuple(of.shape), of.stride(), of.dtype)
+    return tuple(map(_form, of)) if isinstance(of, list | tuple) else of
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,30 +56,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kinds: What results and scratch of operations are for, by name, where it is not what the rest is for.
 
     Attributes:
-        live: Bytes now, by kind.
-        phase: What is being done; `peaks` are kept by it.
+        count: What it comes to.
+        phase: What is being done.
         kind: What storages are made for from now on.
-        peaks: The moment of most resident memory of each phase.
         layer_bytes: Of the largest layer that lies in a mapped file.
-        mapped: Bytes of files that are in memory, by kind: while something of that kind is at work, else under "".
     """
 
     def __init__(self, scratch: Mapping[str, Scratch], kinds: Mapping[str, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._scratch, self._kinds = scratch, kinds
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._known: dict[int, tuple[weakref.ref[Any], str, int, tuple[Block, ...]]] = {}
-        self._heap = Heap()
-        self.live: Counter[str] = Counter()
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._forms: dict[Any, Any] = {}
+        self._made = 0
+        self._tape: list[Event] | None = None
+        self.count = Count()
         self.phase = self.kind = ""
-        self.peaks: dict[str, Moment] = {}
-        self.mapped: dict[str, int] = {"": 0}
         self.layer_bytes = 0
-
-    @property
-    def held(self) -> Counter[str]:
-        """Bytes now by kind, with those of mapped files."""
-        return self.live + Counter(base=self.mapped[""])
 
     @contextmanager
     def doing(self, phase: str, kind: str) -> Iterator[None]:
@@ -95,6 +83,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self.phase, self.kind = before
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Event]]:
+        """What would be told to the count within the block, to be told once or more afterwards."""
+        before, self._tape = self._tape, []
+        try:
+            yield self._tape
+        finally:
+            self._tape = before
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, counted: bool = True) -> Tensor:
         """A tensor without memory."""
@@ -111,22 +108,25 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count a tensor's storage as of another kind from now on."""
         key = 0 if tensor is None else id(tensor.untyped_storage())
         if key in self._known:
-            ref, before, nbytes, blocks = self._known[key]
-            self._known[key] = (ref, kind, nbytes, blocks)
-            self.live[before] -= nbytes
-            self.live[kind] += nbytes
+            self._tell(("call", self._known[key][1], kind, 0))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Count what an operation makes."""
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return _CPU
         fakes = [t for t in tree_leaves((args, kwargs)) if isinstance(t, FakeTensor)]
         if func is torch.ops.aten._local_scalar_dense.default and fakes:
             return _SHOWN if fakes[0].dtype.is_floating_point else 1
         if func is torch.ops.aten.index.Tensor and _is_selection(*args):
             (selected,) = args[1]
             out = args[0].new_empty((int(selected.sum()), *args[0].shape[selected.dim() :]))
+        elif fakes and func._schema.is_mutable and not func._schema.returns:
+            out = None  # numbers that are not there change
+        elif fakes and func.namespace == "halfbyte":
+            out = self._known_form(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
         name = func.name().partition(".")[0]
@@ -135,17 +135,25 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self._note(tensor, kind, tensor.untyped_storage().nbytes())
         if name in self._scratch:
-            self._pass(self._scratch[name](*args, **kwargs), self._kinds.get(name, "buffers"))
+            passing = self._kinds.get(name, "buffers")
+            self._tell(("pass", tuple(self._scratch[name](*args, **kwargs)), passing, 0))
         return out
 
-    def _pass(self, sizes: list[int], kind: str) -> None:
-        """Memory that is taken and given back at once."""
-        blocks = [self._heap.take(size) for size in sizes]
-        self.live[kind] += sum(sizes)
-        self._look(kind)
-        self.live[kind] -= sum(sizes)
-        for block in blocks:
-            self._heap.give(block)
+    def _known_form(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What one of our own operations makes, which is new memory whose form follows from its arguments' forms."""
+        key = (func, _form(args), _form(tuple(kwargs.items())))
+        if key not in self._forms:
+            out = func(*args, **kwargs)
+            self._forms[key] = _form(out)
+            return out
+        return self._of_form(self._forms[key])
+
+    def _of_form(self, form: Any) -> Any:
+        if isinstance(form, _Tensor):
+            with _disable_current_modes():
+                held = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
+                return FakeTensor(self._fake, held, _CPU)
+        return tuple(map(self._of_form, form)) if isinstance(form, tuple) else form
 
     def _note(self, tensor: Tensor, kind: str, nbytes: int) -> None:
         """Count a storage unless it is known."""
@@ -153,28 +161,19 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = id(storage)
         if key in self._known and self._known[key][0]() is storage:
             return
-        ref = weakref.ref(storage, lambda _: self._gone(key))
-        blocks = (self._heap.take(nbytes), self._heap.take(OBJECT_BYTES))
-        self._known[key] = (ref, kind, nbytes, blocks)
-        self.live[kind] += nbytes
-        self._look()
+        self._made += 1
+        self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), self._made)
+        self._tell(("take", self._made, kind, nbytes))
 
     def _gone(self, key: int) -> None:
-        _, kind, nbytes, blocks = self._known.pop(key)
-        self.live[kind] -= nbytes
-        for block in blocks:
-            self._heap.give(block)
+        self._tell(("give", self._known.pop(key)[1], "", 0))
 
-    def _look(self, at_work: str = "") -> None:
-        mapped = self.mapped.get(at_work, self.mapped[""])
-        heap = self._heap.resident
-        churned = heap - self.live["base"] - self.live["adapters"]
-        resident = heap + int(HEAP_SLACK * churned) + mapped
-        phase = at_work if at_work == "loss" else self.phase
-        known = self.peaks.get(phase)
-        so_far = (0, 0) if known is None else (known.resident, known.live.total())
-        if (resident, self.live.total() + mapped) > so_far:
-            self.peaks[phase] = Moment(phase, resident, self.live + Counter(base=mapped))
+    def _tell(self, what: tuple[str, Any, str, int]) -> None:
+        event = Event(self.phase, *what)
+        if self._tape is not None:
+            self._tape.append(event)
+        else:
+            self.count.take_note(event)
 
 
 def _is_selection(tensor: Any, indices: Any) -> bool:

@@ -27,6 +27,8 @@ from halfbyte.quant.weight import NESTED_BLOCKSIZE, QuantSpec, Weight4bit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from halfbyte.model.purpose import Head
+
 BARE_DTYPE = torch.bfloat16
 """What the weights of a bare config.json are taken to be stored in."""
 
@@ -96,7 +98,7 @@ def weights_of(folder: ModelFolder, model: PreTrainedModel) -> list[Stored]:
 
 
 def load_without_memory(
-    folder: ModelFolder, base: Base, dtype: torch.dtype, live: LiveBytes
+    folder: ModelFolder, base: Base, dtype: torch.dtype, live: LiveBytes, head: Head | None = None
 ) -> PreTrainedModel:
     """The model that `model.loading.load` gives, counted while it is filled.
 
@@ -105,8 +107,9 @@ def load_without_memory(
         base: How it is held.
         dtype: Of everything that is not in 4 bits.
         live: Counts what is held; gets what lies in mapped files.
+        head: What stands on an encoder; None for a model that writes.
     """
-    model = build_skeleton(folder, dtype)
+    model = build_skeleton(folder, dtype, head)
     weights = weights_of(folder, model)
     layers = {id(layer): i for i, layer in enumerate(repeated_layers(model))}
     owners = _owners(model, layers)
@@ -121,14 +124,14 @@ def load_without_memory(
             unit = owners.get(weight.slot.names[0].rpartition(".")[0], "")
             found = _fill(model, weight, base, live, is_mapped)
             mapped[unit] = mapped.get(unit, 0) + found
-            live.mapped[""] += found if base.residency == "resident" else 0
+            live.count.mapped[""] += found if base.residency == "resident" else 0
         del buffer
     if base.residency is not None or base.spec is not None:
         model.requires_grad_(False)
-    head, loose = mapped.pop("head", 0), mapped.pop("", 0)
+    of_head, loose = mapped.pop("head", 0), mapped.pop("", 0)
     live.layer_bytes = largest = max(mapped.values(), default=0)
     if base.residency == "streamed":
-        live.mapped = {"": 2 * largest, "loss": largest + head, "load": max(largest, head, loose)}
+        live.count.mapped = {"": 2 * largest, "loss": largest + of_head, "load": max(largest, of_head, loose)}
     return model
 
 

@@ -22,6 +22,7 @@ from halfbyte.data.tokenizer import load_tokenizer
 from halfbyte.errors import PlanError
 from halfbyte.model.files import CONFIG, read_json
 from halfbyte.plan.memory import Runtime, peak_of
+from halfbyte.plan.work import Largest
 
 if TYPE_CHECKING:
     from halfbyte.settings import Config
@@ -82,7 +83,11 @@ def measure_runtime(model: Path | None) -> Runtime:
         example = Example(np.zeros(TOKENS, np.int32), np.ones(TOKENS, bool), None, None, "", "", False)
         nothing = Runtime(0, 0, 0)
         tiny = peak_of(
-            settings, pack([example]), runtime=nothing, activation_bytes=10**9, residency="resident"
+            settings,
+            Largest(pack([example])),
+            runtime=nothing,
+            room=lambda *_: 10**9,
+            residency="resident",
         )
     return Runtime(
         told["prepare"],

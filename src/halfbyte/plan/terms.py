@@ -88,7 +88,8 @@ class Forecast:
 
     Attributes:
         memory: At the moment of the run's highest resident memory.
-        phase: That moment: `load`, `backward`, `loss` or `optimizer`.
+        phase: That moment: `prepare`, `load`, `measure`, `backward`, `loss`, `optimizer`
+            or `close`.
         steps: Optimizer steps.
         step_seconds: Time of one.
         seconds: Time of the whole run's training.

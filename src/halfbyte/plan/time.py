@@ -7,7 +7,6 @@ Shapes: P numbers of the frozen layers, N of the adapters, V · C of the head, a
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -92,10 +91,8 @@ def from_timing(timing: Timing, sizes: Sizes, work: Work, keeps: Counter[str]) -
     return work.passes_per_step * (layers + rest)
 
 
-def with_streaming(seconds: float, sizes: Sizes, work: Work, layer_bytes: float, read: float | None) -> float:
+def with_streaming(seconds: float, sizes: Sizes, work: Work, layer_bytes: float, read: float) -> float:
     """A step's passes with every layer read twice in each, behind the one that computes: forward is a third."""
-    if read is None:
-        return math.nan
     visits = sizes.layers * work.passes_per_step
     compute = seconds / max(1, visits)
     reading = layer_bytes / read

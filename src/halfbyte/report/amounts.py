@@ -5,7 +5,8 @@ It owns these few words; it must not know what is estimated.
 
 from __future__ import annotations
 
-from halfbyte.plan.terms import Estimate
+from halfbyte.plan.terms import Estimate, Forecast
+from halfbyte.train.display import duration
 
 _SMALLER = {"Wh": (("kWh", 1e-3), ("Wh", 1.0), ("mWh", 1e3)), "g": (("kg", 1e-3), ("g", 1.0), ("mg", 1e3))}
 
@@ -33,3 +34,18 @@ def with_reason(estimate: Estimate) -> str:
     if not estimate.is_known:
         return f"unknown: {estimate.why}"
     return f"{amount(estimate)}, {estimate.method}"
+
+
+def in_words(forecast: Forecast) -> str:
+    """A forecast in a line: memory, then time, energy and cost as far as they are known.
+
+    Args:
+        forecast: What to write.
+    """
+    facts = [f"{forecast.peak_bytes / 1e9:.2f} GB of memory at most ({forecast.phase})"]
+    step, seconds = forecast.step_seconds.mid, forecast.seconds.mid
+    if step is None or seconds is None:
+        return ", ".join([*facts, f"time unknown: {forecast.step_seconds.why}"])
+    facts.append(f"{step:.3g} s a step, {duration(seconds)} for {forecast.steps:,} steps")
+    facts += [amount(each) for each in (forecast.energy, forecast.cost) if each.is_known]
+    return ", ".join(facts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,22 @@ def loss_curve(metrics: Path, out: Path, *, title: str = "") -> tuple[Path, Path
         _save(figure, svg, {"Date": None, "Creator": None})
         _save(figure, png, {"Software": None})
     return svg, png
+
+
+def draw_loss(metrics: Path, out: Path, note: Callable[[str], None]) -> None:
+    """Draws a finished run's curve, or says what is missing for it: no run is lost for a picture.
+
+    Args:
+        metrics: As for `loss_curve`.
+        out: As for `loss_curve`.
+        note: Told what is missing.
+    """
+    try:
+        loss_curve(metrics, out)
+    except EvaluateError as error:
+        if error.code != "HB606":
+            raise
+        note(f"No loss curve: {error.what}. To do: {error.fix}")
 
 
 def read_curve(metrics: Path) -> Curve:

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.evaluate.statistics import Interval
 from halfbyte.report.noise_scale import advice
+from halfbyte.train.methods import weights_name
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.measure import Measurement
     from halfbyte.plan.history import PastRun
+    from halfbyte.tasks.task import Task
     from halfbyte.train.loop import TrainResult
+    from halfbyte.train.methods import ModelSize
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,32 @@ class Setting:
     truncated_rows: int
     misaligned_rows: int
     skipped_rows: int
+
+    @classmethod
+    def of(cls, task: Task[Any], size: ModelSize) -> Setting:
+        """What was run.
+
+        Args:
+            task: Its settings and rows.
+            size: Of its model.
+        """
+        config, rows = task.config, task.rows
+        return cls(
+            task=config.task,
+            model=config.model,
+            method=config.method,
+            template=rows.template,
+            weights=weights_name(config),
+            scales=config.quantization.scales if config.method == "qlora" else None,
+            trainable_parameters=size.trainable,
+            parameters=size.total,
+            weight_bytes=size.nbytes,
+            train_rows=task.count(rows.train),
+            held_out_rows=task.count(rows.held_out),
+            truncated_rows=sum(rows.cut),
+            misaligned_rows=rows.misaligned,
+            skipped_rows=len(rows.reading.skipped),
+        )
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ class EncoderTask(Task[EncodedExample]):
         """What stands on the encoder; with a seed it may begin anew."""
         return Head(self.purpose, self.labels, seed)
 
+    @property
+    def trained_head(self) -> Head:
+        """What stands on the encoder."""
+        return self.head(None)
+
     def skeleton(self) -> PreTrainedModel:
         """The encoder and its head with weights that take no memory."""
         folder, dtype = open_model_folder(self.config.model), computing_dtype(self.config.dtype)

@@ -112,6 +112,11 @@ class ImagesTask(Task[ImageExample]):
         """What stands on the model; with a seed it may begin anew."""
         return Head("classify_images", self.labels, seed)
 
+    @property
+    def trained_head(self) -> Head:
+        """What stands on the model."""
+        return self.head(None)
+
     def skeleton(self) -> PreTrainedModel:
         """The model with weights that take no memory."""
         folder, dtype = open_model_folder(self.config.model), computing_dtype(self.config.dtype)

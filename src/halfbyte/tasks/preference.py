@@ -6,6 +6,7 @@ a step is done.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,6 +95,7 @@ class PreferenceTask(WordsTask):
         self.spec, self.good = PreferenceSpec(**constants), good
         self.reference: dict[str, float] = {}
         self.begins = "reference" if config.task in (*REFERENCED, "kto") else ""
+        self.is_timed = config.task != "kto"  # whose step measures other answers too
 
     @classmethod
     def prepare(
@@ -139,9 +141,17 @@ class PreferenceTask(WordsTask):
     @property
     def loss(self) -> StepLoss:
         """The objective over judged answers."""
+        return self._loss(self.reference)
+
+    @property
+    def loss_without_reference(self) -> StepLoss:
+        """The objective with a reference that finds every answer certain."""
+        return self._loss(defaultdict(float))
+
+    def _loss(self, reference: Mapping[str, float]) -> StepLoss:
         if self.config.task == "kto":
-            return SingleLoss(self.spec, self.reference, self.good)
-        return PairLoss(self.spec, self.reference, self.config.task)
+            return SingleLoss(self.spec, reference, self.good)
+        return PairLoss(self.spec, reference, self.config.task)
 
     def measure(self, model: PreTrainedModel, progress: Progress | None = None) -> Measurement:
         """How often the model shares the judgement of held-out rows, by how much, and the objective's loss."""

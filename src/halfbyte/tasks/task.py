@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from halfbyte.data.images.read import ImageReport
     from halfbyte.data.pack import Batch
     from halfbyte.evaluate.measure import Measurement
+    from halfbyte.model.purpose import Head
+    from halfbyte.model.residency import Residency
     from halfbyte.settings import Config
     from halfbyte.train.step import StepLoss
 
@@ -73,12 +75,14 @@ class Task(ABC, Generic[E]):
         collate: Makes the batch of some examples; None packs or pads tokens, as the settings have it.
         begins: What `begin` notes, in a word; empty where it notes nothing.
         pad_id: Token id to fill short rows with; it is masked, so any id will do.
+        is_timed: Whether a step is one pass of a causal language model over its rows, which is timed.
     """
 
     members: int = 1
     collate: Callable[[Sequence[Any]], Batch] | None = None
     begins: str = ""
     pad_id: int = 0
+    is_timed: bool = False
 
     def __init__(self, config: Config, rows: Prepared[E]) -> None:
         self.config, self.rows = config, rows
@@ -132,6 +136,29 @@ class Task(ABC, Generic[E]):
     def loss(self) -> StepLoss | None:
         """What a step minimises; None is the loss of tokens, as the settings have it."""
         return None
+
+    @property
+    def loss_without_reference(self) -> StepLoss | None:
+        """`loss` before `begin` noted anything, to see what it takes and not what it comes to."""
+        return self.loss
+
+    def measured_pass(self, model: PreTrainedModel) -> None:
+        """Do the largest pass of measuring, to see what it takes; what comes out is dropped."""
+        rows, loss = list(self.longest_held_out().rows.held_out), self.loss_without_reference
+        if self.collate is not None and loss is not None:
+            loss.share(model, self.collate(rows), 1)
+
+    @property
+    def trained_head(self) -> Head | None:
+        """What stands on an encoder; None for a model that writes."""
+        return None
+
+    def residing(self, residency: Residency | None) -> Self:
+        """The same with its base where a forecast has it; None where all of it trains."""
+        task = copy(self)
+        if residency is not None:
+            task.config = self.config.model_copy(update={"residency": residency})
+        return task
 
     @abstractmethod
     def measure(self, model: PreTrainedModel, progress: Progress | None = None) -> Measurement:

@@ -8,13 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import torch
+
 from halfbyte.data.fingerprint import Fingerprint
+from halfbyte.data.pack import collate
 from halfbyte.data.render import Renderer
 from halfbyte.data.tokenise import Example
 from halfbyte.data.tokenizer import load_tokenizer, padding_id
+from halfbyte.evaluate.answers import gradable
 from halfbyte.evaluate.measure import Measurement, Subject, measure
 from halfbyte.evaluate.perplexity import held_out_loss
 from halfbyte.model.files import open_model_folder
+from halfbyte.model.heads import trained_token_losses
+from halfbyte.model.inputs import model_inputs
 from halfbyte.model.limits import Limits
 from halfbyte.model.precision import computing_dtype
 from halfbyte.model.skeleton import build_skeleton
@@ -78,6 +84,8 @@ class SftTask(WordsTask):
         sides: The same rows, where they are stored.
     """
 
+    is_timed = True
+
     def __init__(
         self, config: Config, rows: Prepared[Example], renderer: Renderer, sides: StoredSides
     ) -> None:
@@ -136,6 +144,22 @@ class SftTask(WordsTask):
         subject = Subject(model, self.tokenizer, self.stop_ids, self.pad_id)
         config = self.config
         return measure(subject, list(self.rows.held_out), config.evaluate, config.seed, progress)
+
+    def measured_pass(self, model: PreTrainedModel) -> None:
+        """The longest rows at once, and the longest prompts with room for their answers."""
+        rows, evaluate = list(self.longest_held_out().rows.held_out), self.config.evaluate
+        batch = collate(rows, self.pad_id)
+        if evaluate.loss:
+            labels = torch.from_numpy(batch.labels)
+            trained_token_losses(model, model_inputs(batch, model.device), labels)
+        prompts = [len(row.prompt_ids) for row in rows if row.prompt_ids is not None and gradable(row)]
+        if evaluate.exact_match is False or not prompts:
+            return
+        lengths, cache = (max(prompts), evaluate.max_new_tokens), None
+        for length in lengths:
+            ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+            told = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = told.past_key_values
 
     def held_out_loss(self, model: PreTrainedModel) -> float:
         """Nats per trained token."""

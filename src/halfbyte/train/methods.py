@@ -17,22 +17,16 @@ from transformers.utils import logging
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.adapters import save_adapter
-from halfbyte.model.files import open_model_folder
 from halfbyte.model.fingerprints import write_fingerprint
 from halfbyte.model.linear4bit import Linear4bit
 from halfbyte.model.loading import Progress, load
 from halfbyte.model.lora import add_lora
 from halfbyte.model.lora_spec import LoraSpec
-from halfbyte.model.mapped import can_let_go
 from halfbyte.model.precision import computing_dtype
 from halfbyte.model.purpose import Head, modules_to_train
 from halfbyte.model.residency import Residency, streamer_of
 from halfbyte.model.saving import whole_folder
 from halfbyte.quant.weight import QuantSpec
-from halfbyte.system import available_bytes
-
-BASE_SHARE = 0.7
-"""Of the memory, what a base may take that is held in it; the rest is for all else."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +38,8 @@ if TYPE_CHECKING:
 def load_base(config: Config, progress: Progress | None = None, head: Head | None = None) -> PreTrainedModel:
     """The base as its method trains it: 4-bit for qlora, the computing dtype for lora, float32 for full.
 
+    A residency that is still `auto` was decided by no forecast, and is resident.
+
     Args:
         config: Model folder, method, dtype and quantization.
         progress: Told how far reading is, in bytes.
@@ -54,7 +50,9 @@ def load_base(config: Config, progress: Progress | None = None, head: Head | Non
     """
     quantization = QuantSpec(**config.quantization.model_dump()) if config.method == "qlora" else None
     dtype = torch.float32 if config.method == "full" else computing_dtype(config.dtype)
-    residency = chosen_residency(config)
+    residency: Residency | None = None
+    if config.method != "full":
+        residency = "resident" if config.residency == "auto" else config.residency
     return load(
         config.model,
         quantization=quantization,
@@ -63,22 +61,6 @@ def load_base(config: Config, progress: Progress | None = None, head: Head | Non
         head=head,
         residency=residency,
     )
-
-
-def chosen_residency(config: Config) -> Residency | None:
-    """Where the base is to be; None where all of it trains.
-
-    `auto` streams what would take more than its share of the memory, if its file holds the weights as they are used.
-    """
-    if config.method == "full":
-        return None
-    if config.residency != "auto":
-        return config.residency
-    folder = open_model_folder(config.model)
-    room = available_bytes() if config.memory_gb is None else int(config.memory_gb * 1e9)
-    too_large = sum(tensor.nbytes for tensor in folder.tensors.values()) > BASE_SHARE * room
-    in_place = config.method == "lora" or "quantization_config" in folder.config
-    return "streamed" if too_large and in_place and can_let_go() else "resident"
 
 
 def make_trainable(model: PreTrainedModel, config: Config) -> None:
