@@ -7,7 +7,7 @@ run does with it. Nothing is measured here that takes time: a machine that is no
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from halfbyte.plan.calibrate import calibration_file, read_calibration, tokenize
 from halfbyte.plan.choose import Asked, Limits, refuse_what_does_not_fit
 from halfbyte.plan.forecast import Machine, Outlook, dtype_of, forecast
 from halfbyte.plan.hardware import find_hardware
+from halfbyte.plan.heap import give_back_freed_memory
 from halfbyte.plan.history import runs_beside
 from halfbyte.plan.ledger import Planned
 from halfbyte.plan.memory import Runtime, peak_of_measuring
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from halfbyte.settings import Config
     from halfbyte.tasks.task import Task
 
-OWN_RUNTIME = "what this process held once its rows were prepared: the machine is not calibrated"
+OWN_RUNTIME = (
+    "what this process held once its rows were prepared and it was forecast: the machine is not calibrated"
+)
 MEASURED_RUNTIME = "measured on a tiny model"
 WITHIN_SHARE, WITHIN_BYTES = 0.03, 30_000_000
 """How far a forecast of memory may be off: by no more than that beyond what is free is a run not refused."""
@@ -93,6 +96,7 @@ def expect(task: Task[Any], key: tuple[object, ...], *, measured: bool) -> Expec
         Exception
     ) as fault:  # any of a model's own code, which meets tensors it was not written for: it is told
         return _nothing(f"its step cannot be followed: {type(fault).__name__}: {fault}", candidates[0])
+    outlook = _with_what_it_took(outlook, machine)
     took, room = outlook.forecast.peak_bytes, machine.memory_bytes
     because = ""
     if len(candidates) > 1:
@@ -179,6 +183,17 @@ def _can_be_streamed(config: Config) -> bool:
     return all(
         tensor.dtype == dtype_of(config) for tensor in folder.tensors.values() if len(tensor.shape) > 1
     )
+
+
+def _with_what_it_took(outlook: Outlook, machine: Machine) -> Outlook:
+    """The outlook of a machine that is not calibrated, with what the process has grown by until it was forecast."""
+    if machine.runtime_method != OWN_RUNTIME:
+        return outlook
+    give_back_freed_memory()
+    grown = max(0, process_bytes().get("VmRSS", 0) - machine.runtime.training)
+    memory = outlook.forecast.memory
+    memory = memory._replace(runtime=memory.runtime + grown)
+    return replace(outlook, forecast=replace(outlook.forecast, memory=memory))
 
 
 def _nothing(why: str, residency: Residency | None) -> Expected:
