@@ -27,13 +27,14 @@ from statistics import fmean
 
 from figures import Figure, run, shared
 from halfbyte.config import load_config
+from halfbyte.model.residency import Residency
 from halfbyte.plan.calibrate import calibrate
+from halfbyte.plan.expect import MEASURED_RUNTIME
 from halfbyte.plan.forecast import Machine, dtype_of, forecast
 from halfbyte.plan.terms import Forecast
 from halfbyte.plan.work import Sizes, Work
 from halfbyte.settings import Config
 from halfbyte.system import available_bytes
-from halfbyte.train.methods import chosen_residency
 from step_vs_peers import random_llama
 
 STEPS = 6
@@ -227,8 +228,10 @@ def forecast_of(config: Config, each: Run) -> Forecast:
     """What is forecast of a run."""
     work = Work.of([each.tokens] * ROWS, config)
     calibration = calibrate(config, work, Sizes.of(config.model, dtype_of(config)))
-    machine = Machine(available_bytes(), 0)
-    return forecast(config, work, calibration, machine, chosen_residency(config))
+    runtime = calibration.runtime(config)
+    machine = Machine(available_bytes() + runtime.training, runtime, MEASURED_RUNTIME, calibration)
+    residency: Residency = "streamed" if config.residency == "streamed" else "resident"
+    return forecast(config, work, machine, None if config.method == "full" else residency).forecast
 
 
 _SCRIPT = """

@@ -16,7 +16,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tests.short_runs import ANIMALS, VARIED, Make, Shared, read_json, read_lines, rows_of, settings_in
 
-from halfbyte import pipeline
 from halfbyte.config import load_config
 from halfbyte.errors import ConfigError, DataError, EvaluateError, ModelError
 from halfbyte.model.documents import whole_rows
@@ -392,7 +391,7 @@ def test_a_missing_plot_library_does_not_lose_a_run(make: Make, monkeypatch: pyt
     def absent(metrics: Path, out: Path) -> None:
         raise EvaluateError("HB606", "got no matplotlib", fix="pip install it")
 
-    monkeypatch.setattr(pipeline, "loss_curve", absent)
+    monkeypatch.setattr(plots, "loss_curve", absent)
     text = io.StringIO()
     result = run(make(), evaluate=False, watch=Watch(Console(file=text, width=200)))
     assert (result.folder / "summary.json").exists()

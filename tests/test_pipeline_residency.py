@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from halfbyte.errors import ModelError
 from halfbyte.model.loading import load
 from halfbyte.model.saving import save_quantized
 from halfbyte.pipeline import run
+from halfbyte.plan.expect import expect, machine_here, where_to_measure
+from halfbyte.plan.memory import Runtime
 from halfbyte.quant.weight import QuantSpec
 from halfbyte.report.watch import Watch
-from halfbyte.train.methods import chosen_residency
+from halfbyte.tasks.known import prepare
 
 
 @pytest.fixture
@@ -48,15 +51,55 @@ def test_a_streamed_base_gives_the_adapter_that_a_resident_one_gives(make: Make,
     assert "the base is streamed: two layers of" in printed.getvalue()
 
 
-def test_auto_streams_a_base_that_memory_would_not_hold(make: Make) -> None:
-    assert chosen_residency(make()) == "resident"
-    assert chosen_residency(make("memory_gb=0.01")) == "streamed"
-    assert chosen_residency(make("memory_gb=0.01", "residency=resident")) == "resident"
-    assert chosen_residency(make("memory_gb=0.01", "method=full")) is None
+def test_auto_streams_a_base_whose_forecast_is_beyond_what_may_be_taken(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base takes about 8 MB more where it is resident: a limit between the two decides."""
+    task = prepare(make("forecast=true", "train.activation_memory_gb=0.05"))
+    resident = expect(task, (), measured=False)
+    assert resident.residency == "resident"
+    assert resident.outlook is not None
+    took = resident.outlook.forecast.memory
+    base = took.total - took.runtime
+    for room, chosen in ((base + 10**6, "resident"), (base - 10**6, "streamed")):
+        limited = replace(machine_here(task.config, ()), memory_bytes=took.runtime + room)
+        limited = replace(limited, runtime=Runtime(0, took.runtime, 0), runtime_method="given")
+        monkeypatch.setattr("halfbyte.plan.expect.machine_here", lambda *_, m=limited: m)
+        found = expect(task, (), measured=False)
+        assert found.residency == chosen
+        assert f"the base is {chosen}" in found.because
 
 
-def test_auto_does_not_stream_what_is_quantised_on_the_way(make: Make, shared: Shared) -> None:
-    assert chosen_residency(make("memory_gb=0.01", f"model={shared('models/base-11m')}")) == "resident"
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        (("residency=resident",), "resident"),
+        (("residency=streamed",), "streamed"),
+        (("method=full", "model={plain}"), None),
+        (("model={plain}",), "resident"),
+        (("lora.init=pissa",), "resident"),
+        (("forecast=false",), "resident"),
+    ],
+)
+def test_what_has_no_choice_is_not_decided(
+    make: Make, shared: Shared, settings: tuple[str, ...], chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for nothing, auto would stream what can be streamed."""
+    told = [each.format(plain=shared("models/base-11m")) for each in settings]
+    task = prepare(make("forecast=true", *told))
+    machine = replace(machine_here(task.config, ()), memory_bytes=0)
+    monkeypatch.setattr("halfbyte.plan.expect.machine_here", lambda *_: machine)
+    found = expect(task, (), measured=False)
+    assert found.residency == chosen
+    assert found.because == ""
+
+
+def test_a_model_is_measured_where_it_fits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = prepare(make("forecast=true"), held_out_only=True)
+    assert where_to_measure(task) == "resident"
+    machine = replace(machine_here(task.config, ()), memory_bytes=0)
+    monkeypatch.setattr("halfbyte.plan.expect.machine_here", lambda *_: machine)
+    assert where_to_measure(task) == "streamed"
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])

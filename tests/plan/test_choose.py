@@ -11,7 +11,8 @@ import pytest
 from halfbyte.config import load_config
 from halfbyte.errors import PlanError
 from halfbyte.plan.calibrate import Calibration, read_calibration, tokenizer_key, write_calibration
-from halfbyte.plan.choose import Choice, Limits, choices, recommended, refuse_what_does_not_fit
+from halfbyte.plan.choose import Asked, Choice, Limits, choices, recommended, refuse_what_does_not_fit
+from halfbyte.plan.forecast import Machine
 from halfbyte.plan.hardware import find_hardware, named_hardware
 from halfbyte.plan.memory import Runtime
 from halfbyte.plan.time import Speeds, Timing, from_timing, with_streaming
@@ -29,10 +30,14 @@ def config(shared: Callable[[str], Path]) -> Config:
     return load_config(None, ["train.batch_size=2"], base)
 
 
-def ways(config: Config, limits: Limits) -> list[Choice]:
-    work = Work.of([64] * 100, config)
+def asked(config: Config, limits: Limits) -> Asked:
     calibration = Calibration("here", "2026-01-01", SPEEDS, {tokenizer_key(config): RUNTIME})
-    return choices(config, work, calibration, find_hardware(Path()), limits)[0]
+    machine = Machine(limits.memory_bytes, RUNTIME, "given", calibration)
+    return Asked(Work.of([64] * 100, config), machine, find_hardware(Path()), limits)
+
+
+def ways(config: Config, limits: Limits) -> list[Choice]:
+    return choices(config, asked(config, limits))[0]
 
 
 def test_what_fits_is_recommended_by_method_and_then_speed(config: Config) -> None:

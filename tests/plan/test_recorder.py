@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_took(make: Make) -> None:
     assert took.versions["torch"] == torch.__version__
     assert took.versions["halfbyte"] == __version__
     assert took.machine["cores"] == len(os.sched_getaffinity(0))
-    assert read_plan(result.folder) == Planned(None)
+    assert read_plan(result.folder) == Planned(None, why="the settings have forecast: false")
     shown = read_json(result.folder / "summary.json")["took"]
     assert shown["energy"]["mid"] == took.energy.mid
     assert shown["differences"] == []

@@ -25,7 +25,7 @@ EXAMPLES = (
     "[bold]Examples[/]\n\n"
     "halfbyte plan models/base --data rows.jsonl --out recipe.yaml\n\n"
     "halfbyte plan models/base/config.json --tokens 2000000 --max-length 2048 --memory-gb 16\n\n"
-    "halfbyte plan models/base --tokens 5e6 --deadline 8h\n\n"
+    "halfbyte plan models/base --tokens 5e6 --deadline 8h --picture memory.svg\n\n"
     "halfbyte plan models/base --tokens 5e6 --hardware l4 --budget 5\n\n"
     "halfbyte plan --audit models\n\n"
     "halfbyte plan --history"
@@ -93,6 +93,8 @@ def plan(
         print_json(_as_json(found, impossible, best, machine))
     else:
         _show(found, impossible, best, (machine, limits))
+    if picture is not None:
+        _draw(found, limits, picture)
     if best is None:
         raise nothing_fits(found)
     if out is not None:
@@ -213,6 +215,13 @@ def _work(config: Config, data: list[str] | None, tokens: str) -> Work:
         )
     rows = max(1, round(count / config.data.max_length))
     return Work.of([config.data.max_length] * rows, config)
+
+
+def _draw(found: list[Choice], limits: Limits, picture: Path) -> None:
+    from halfbyte.report.memory_picture import memory_picture
+
+    memory_picture({choice.name: choice.forecast.memory for choice in found}, limits.memory_bytes, picture)
+    STDERR.print(f"The picture is in {picture}.", markup=False, highlight=False)
 
 
 def _as_json(

@@ -86,15 +86,19 @@ def stored_in_4bit(folder: ModelFolder) -> bool:
     return "quantization_config" in folder.config
 
 
-def weights_of(folder: ModelFolder, model: PreTrainedModel) -> list[Stored]:
-    """The weights in the order in which they are read; of a bare config.json those that there would be."""
+def weights_of(folder: ModelFolder, model: PreTrainedModel, head: Head | None = None) -> list[Stored]:
+    """The weights in the order in which they are read, then what begins anew; of a bare config.json those that there
+    would be."""
     in_4bit = stored_in_4bit(folder)
     if not folder.tensors:
         return [
             Stored(slot, None if in_4bit and slot.linear is not None else BARE_DTYPE) for slot in slots(model)
         ]
-    entries, _ = match(folder, model)
-    return [Stored(entry.slot, None if entry.is_4bit else entry.only.dtype) for entry in entries]
+    entries, _ = match(folder, model, head)
+    read = [Stored(entry.slot, None if entry.is_4bit else entry.only.dtype) for entry in entries]
+    names = {name for entry in entries for name in entry.slot.names}
+    anew = [slot for slot in slots(model) if slot.is_meta and names.isdisjoint(slot.names)]
+    return read + [Stored(slot, slot.dtype) for slot in anew]
 
 
 def load_without_memory(
@@ -110,7 +114,7 @@ def load_without_memory(
         head: What stands on an encoder; None for a model that writes.
     """
     model = build_skeleton(folder, dtype, head)
-    weights = weights_of(folder, model)
+    weights = weights_of(folder, model, head)
     layers = {id(layer): i for i, layer in enumerate(repeated_layers(model))}
     owners = _owners(model, layers)
     mapped: dict[str, int] = {}

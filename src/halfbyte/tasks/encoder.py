@@ -85,8 +85,8 @@ class EncoderTask(Task[EncodedExample]):
 
     @property
     def trained_head(self) -> Head:
-        """What stands on the encoder."""
-        return self.head(None)
+        """What stands on the encoder, which may begin anew."""
+        return self.head(self.config.seed)
 
     def skeleton(self) -> PreTrainedModel:
         """The encoder and its head with weights that take no memory."""

@@ -114,8 +114,8 @@ class ImagesTask(Task[ImageExample]):
 
     @property
     def trained_head(self) -> Head:
-        """What stands on the model."""
-        return self.head(None)
+        """What stands on the model, which may begin anew."""
+        return self.head(self.config.seed)
 
     def skeleton(self) -> PreTrainedModel:
         """The model with weights that take no memory."""
