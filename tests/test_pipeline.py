@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tests.short_runs import ANIMALS, VARIED, Make, Shared, read_json, read_lines, rows_of, settings_in
 
+from halfbyte import pipeline
 from halfbyte.config import load_config
 from halfbyte.errors import ConfigError, DataError, EvaluateError, ModelError
 from halfbyte.model.documents import whole_rows
@@ -23,6 +24,7 @@ from halfbyte.model.loading import load
 from halfbyte.model.saving import save_quantized
 from halfbyte.pipeline import run
 from halfbyte.quant.weight import QuantSpec
+from halfbyte.report import plots
 from halfbyte.report.watch import Watch
 from halfbyte.tasks.known import prepare
 

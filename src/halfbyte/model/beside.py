@@ -29,7 +29,9 @@ class TrainedModule(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
-        self.trained = copy.deepcopy(original).float().requires_grad_(True)
+        self.trained = copy.deepcopy(original).requires_grad_(True)
+        if any(parameter.dtype != torch.float32 for parameter in original.parameters()):
+            self.trained.float()
         self.enabled = True
 
     @property
