@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import Result
@@ -13,6 +15,8 @@ from halfbyte.config import load_config
 from halfbyte.errors import PlanError
 from halfbyte.plan.memory import Runtime
 from halfbyte.plan.probe import measure_runtime
+from halfbyte.plan.terms import Memory
+from halfbyte.report.memory_picture import PARTS, memory_picture
 
 Call = Callable[..., Result]
 
@@ -80,3 +84,35 @@ def test_the_same_verb_looks_at_models_and_at_past_runs(call: Call, model: Path,
 @pytest.mark.parametrize("given", [(), ("a", "b"), ("--audit",), ("--audit", "--history", "a")])
 def test_what_is_to_be_looked_at_is_named(call: Call, given: tuple[str, ...]) -> None:
     assert call("plan", *given).exit_code == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_picture_has_a_bar_for_each_way_and_the_limit(call: Call, model: Path, tmp_path: Path) -> None:
+    given = ("--tokens", "1e4", "--max-length", "64", "--memory-gb", "2")
+    done = call("plan", model, *given, "--picture", tmp_path / "deep/memory.svg", "--json")
+    assert done.exit_code == 0, done.stderr
+    text = (tmp_path / "deep/memory.svg").read_text(encoding="utf-8")
+    for choice in json.loads(done.stdout)["choices"]:
+        assert f">{choice['name']}<" in text
+    assert ">may be taken: 2.0 GB<" in text
+    assert all(f">{part}<" in text for part in PARTS)
+    assert "prefers-color-scheme:dark" in text
+    assert "currentColor" in text
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep/memory.svg"]
+    ElementTree.fromstring(text)
+
+
+def test_a_bar_is_as_long_as_its_parts_together(tmp_path: Path) -> None:
+    """The widths of the bars' parts are in the ratio of the numbers, and the file depends on these alone."""
+    ways = {"one": Memory(10**9, 0, 0, 0, 10**9, 0, 0, 2 * 10**9)}
+    first, second = (
+        memory_picture(ways, 5 * 10**9, tmp_path / name).read_bytes() for name in ("a.svg", "b.svg")
+    )
+    assert first == second
+    widths = [
+        max(xs) - min(xs)
+        for path in re.findall(rb'd="(M [^"]*z[^"]*)" clip-path', first)
+        for xs in [[float(x) for x in re.findall(rb"[ML] ([\d.]+) ", path)]]
+        if max(xs) > min(xs)
+    ]
+    assert widths[:3] == [pytest.approx(widths[0]), pytest.approx(widths[0]), pytest.approx(2 * widths[0])]

@@ -97,3 +97,28 @@ def test_streaming_takes_as_long_as_the_slower_of_disk_and_arithmetic(config: Co
     assert with_streaming(10.0, SIZES, work, 1.0, 1e9) == pytest.approx(10.0)
     slow = with_streaming(10.0, SIZES, work, 1e9, 1e8)
     assert slow == pytest.approx(SIZES.layers * 2 * 10.0 + 10.0)
+
+
+def test_savings_are_tried_where_no_plain_way_fits_and_are_in_the_recipe(config: Config) -> None:
+    """A rank so high that the optimizer's state decides: without it streamed QLoRA would fit."""
+    large = config.model_copy(update={"lora": config.lora.model_copy(update={"r": 256})})
+    plain = ways(large, Limits(10**11))
+    assert not any(choice.saving for choice in plain)
+    least = min(choice.forecast.peak_bytes for choice in plain)
+    found = ways(large, Limits(least - 20 * 10**6, disk_bytes=10**12))
+    best = recommended(found)
+    assert best.saving
+    assert best.config.train.optimizer == best.saving[0] in ("adamw_8bit", "paged_adamw_8bit")
+    assert best.forecast.peak_bytes <= least - 20 * 10**6
+    assert len([choice for choice in found if choice.saving]) <= len(plain)
+    assert best.name.endswith(best.saving[-1])
+
+
+def test_every_saving_is_a_choice_where_all_are_asked_for(config: Config) -> None:
+    found = choices(config, asked(config, Limits(10**11)), every_saving=True)[0]
+    names = [choice.name for choice in found]
+    assert "full, keep, paged_adamw_8bit" in names
+    assert "qlora, keep, paged_adamw_8bit, activations 8bit" in names
+    assert "qlora, recompute, paged_adamw_8bit, activations disk" in names
+    assert not any("full" in name and "activations" in name for name in names)
+    assert len(names) == len(set(names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from halfbyte.config import load_config
 from halfbyte.model import blocks
+from halfbyte.model.layer import Keep
 from halfbyte.plan.heap import THRESHOLD, Heap
 from halfbyte.plan.live import LiveBytes
 from halfbyte.plan.loaded import open_for_plan
@@ -18,6 +20,7 @@ from halfbyte.plan.scratch import KINDS, SCRATCH
 from halfbyte.plan.work import Sizes, Work
 from halfbyte.settings import Config
 from halfbyte.train.methods import load_base, make_trainable
+from halfbyte.train.optimizer import state_bytes
 from halfbyte.train.step import RowNames, TokenLoss, accumulate
 
 NOTHING = Runtime(0, 0, 0)
@@ -105,3 +108,60 @@ def test_freed_memory_is_used_again_and_large_blocks_are_given_back() -> None:
     heap.give(large)
     assert heap.resident == before
     heap.give(second)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_small_states_are_in_memory_as_far_as_they_are(model: Path, optimizer: str) -> None:
+    """Of paged ones the buffers between memory and pages, and what is too small for a page."""
+    found = forecast(settings(model, f"train.optimizer={optimizer}", "lora.r=64"))
+    state = state_bytes(optimizer, found.trainable)  # type: ignore[arg-type]
+    counted = found.memory.optimizer
+    expected = state.memory + state.buffers
+    assert (
+        expected <= counted <= 1.02 * expected + state.buffers
+    )  # the trial has buffers of its own meanwhile
+    assert (state.disk > 0) == optimizer.startswith("paged")
+
+
+def test_what_waits_on_disk_or_in_8_bits_is_not_held(model: Path) -> None:
+    """Bounds at which layers would be computed again; a rank so low that gradients, which come as layers go, are few."""
+    exact = forecast(settings(model, "lora.r=1"), activation_bytes=ALL_BYTES)
+    assert exact.keeps is not None
+    half = exact.keeps.peak_bytes // 2
+    rounded = forecast(settings(model, "lora.r=1", "train.activations=8bit"), activation_bytes=half)
+    waiting = forecast(settings(model, "lora.r=1", "train.activations=disk"), activation_bytes=1)
+    assert rounded.keeps is not None
+    assert waiting.keeps is not None
+    assert Keep.EIGHT_BIT in rounded.keeps.keeps
+    assert Keep.DISK_INPUT in waiting.keeps.keeps
+    assert waiting.keeps.disk_bytes > 0
+    again = forecast(settings(model, "lora.r=1"), activation_bytes=1)
+    assert waiting.memory.activations < again.memory.activations < exact.memory.activations
+    assert again.memory.activations < rounded.memory.activations < exact.memory.activations
+
+
+def test_what_is_told_again_counts_as_if_it_happened_again(model: Path) -> None:
+    """Gradients of two passes are summed: a second pass of a step takes what the first gave back, and no more."""
+    once, twice = (forecast(settings(model, f"train.gradient_accumulation_steps={n}")).memory for n in (1, 2))
+    assert twice.optimizer == once.optimizer
+    assert twice.total - once.total <= 2 * once.adapters
+
+
+def test_measuring_is_a_phase_of_its_own(model: Path) -> None:
+    config = settings(model)
+    largest = Work.of([8] * 4, config).largest
+    many = torch.zeros(16, 256, dtype=torch.int64)
+
+    def measure(model: torch.nn.Module) -> None:
+        model(input_ids=many, use_cache=True, logits_to_keep=1)
+
+    found = peak_of(
+        config,
+        replace(largest, measure=measure),
+        runtime=NOTHING,
+        room=lambda *_: ALL_BYTES,
+        residency="resident",
+    )
+    assert found.phase == "measure"
+    heads = 2 * 16 * 256 * 2  # keys and values of all tokens in bfloat16, by layer and width
+    assert found.memory.activations > heads
