@@ -163,10 +163,8 @@ def test_correction_reduces_the_error_on_runs_it_has_not_seen() -> None:
     before, after = [], []
     for run in [happened() for _ in range(20)]:
         corrected = forecast(2.0 * factors.time, round(300 * factors.runtime))
-        errors = [
-            PastRun(run.folder, run.ledger, Planned(each)).differences()[:2]
-            for each in (forecast(), corrected)
-        ]
+        both = (PastRun(run.folder, run.ledger, Planned(each)) for each in (forecast(), corrected))
+        errors = [each.differences()[:2] for each in both]
         assert [d.what for d in errors[0]] == ["memory", "step time"]
         for found, those in zip((before, after), errors, strict=True):
             found.append([abs(d.error) for d in those])

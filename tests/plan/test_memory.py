@@ -124,7 +124,7 @@ def test_small_states_are_in_memory_as_far_as_they_are(model: Path, optimizer: s
 
 
 def test_what_waits_on_disk_or_in_8_bits_is_not_held(model: Path) -> None:
-    """Bounds at which layers would be computed again; a rank so low that gradients, which come as layers go, are few."""
+    """Bounds at which layers would be computed again; a rank so low that there are few gradients."""
     exact = forecast(settings(model, "lora.r=1"), activation_bytes=ALL_BYTES)
     assert exact.keeps is not None
     half = exact.keeps.peak_bytes // 2
