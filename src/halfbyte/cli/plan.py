@@ -61,12 +61,8 @@ def plan(
     budget: Annotated[float | None, typer.Option("--budget", min=0.0, help="Most money, in USD.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the recommended recipe here.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine anew.")] = False,
-    all_ways: Annotated[
-        bool, typer.Option("--all", help="Also ways with less dear optimizer states and activations.")
-    ] = False,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", help="Draw the memory of each way here, as SVG.")
-    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Also smaller states and activations.")] = False,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw each way's memory, as SVG.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Rank model folders for 4 bits and low-rank tuning.")
     ] = False,
@@ -87,7 +83,7 @@ def plan(
     config = _settings(folders[0], recipe, data, (max_length, batch))
     machine = find_hardware(Path(config.output_dir)) if hardware is None else named_hardware(hardware)
     limits = _limits(machine, memory_gb, deadline, budget)
-    found, impossible = _choices(config, _work(config, data, tokens), (machine, limits), calibrate, all_ways)
+    found, impossible = _choices(config, _work(config, data, tokens), (machine, limits), calibrate, every)
     best = recommended(found) if any(choice.fits for choice in found) else None
     if as_json:
         print_json(_as_json(found, impossible, best, machine))
@@ -98,8 +94,12 @@ def plan(
     if best is None:
         raise nothing_fits(found)
     if out is not None:
-        out.write_text(recipe_text(best), encoding="utf-8")
-        STDERR.print(f"The recipe is in {out}.", markup=False, highlight=False)
+        _write_recipe(best, out)
+
+
+def _write_recipe(best: Choice, out: Path) -> None:
+    out.write_text(recipe_text(best), encoding="utf-8")
+    STDERR.print(f"The recipe is in {out}.", markup=False, highlight=False)
 
 
 def _limits(machine: Hardware, memory_gb: float | None, deadline: str | None, budget: float | None) -> Limits:

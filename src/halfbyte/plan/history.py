@@ -71,13 +71,18 @@ class PastRun:
         if self.planned is None or self.planned.forecast is None:
             return []
         f, took = self.planned.forecast, self.ledger
+        has_model = f.phase != "prepare"  # at whose peak there is none yet
         pairs: list[tuple[str, str, float | None, float | None]] = [
             ("memory", "bytes", f.peak_bytes, took.memory.nbytes),
             ("step time", "s", f.step_seconds.mid, took.step_seconds),
             ("energy", "Wh", *_same_unit(f.energy, took.energy)),
             ("cost", f.cost.unit, *_same_unit(f.cost, took.cost)),
             ("disk", "bytes", f.disk_bytes, took.written_bytes),
-            *((part, "bytes", getattr(f.memory, part, None), n) for part, n in took.parts.items()),
+            *(
+                (part, "bytes", getattr(f.memory, part, None), n)
+                for part, n in took.parts.items()
+                if has_model
+            ),
         ]
         return [Difference(what, unit, a, b) for what, unit, a, b in pairs if a is not None and b]
 

@@ -244,8 +244,9 @@ def _parts(moment: Moment, runtime_bytes: int) -> Memory:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's advice to authors of operations that look where tensors lie; all here ask only whether two do
-    so at the same place."""
+    """Without torch's advice to authors of operations that look where tensors lie (all here ask only whether two do
+    so at the same place), and without its warning of a gradient that it looks for itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         yield
