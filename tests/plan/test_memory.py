@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from halfbyte.config import load_config
 from halfbyte.model import blocks
@@ -165,3 +166,13 @@ def test_measuring_is_a_phase_of_its_own(model: Path) -> None:
     assert found.phase == "measure"
     heads = 2 * 16 * 256 * 2  # keys and values of all tokens in bfloat16, by layer and width
     assert found.memory.activations > heads
+
+
+def test_states_of_an_optimizer_take_no_memory_and_small_numbers_are_real() -> None:
+    live = LiveBytes(SCRATCH, KINDS)
+    with live, live.doing("optimizer", "optimizer"):
+        state, counter = torch.zeros(1 << 20, dtype=torch.uint8), torch.zeros(())
+    assert isinstance(state, FakeTensor)
+    assert not isinstance(counter, FakeTensor)
+    assert state.is_contiguous()
+    assert live.count.live["optimizer"] == (1 << 20) + 4

@@ -252,10 +252,14 @@ def _show(
     from rich.table import Table
 
     machine, limits = on
-    table = Table(box=box.SIMPLE, title=f"{machine.name}; {limits.memory_bytes / 1e9:.1f} GB of memory")
-    table.add_column("way", no_wrap=True)
+    table = Table(
+        box=box.SIMPLE,
+        padding=(0, 0, 0, 1),
+        title=f"{machine.name}; {limits.memory_bytes / 1e9:.1f} GB of memory",
+    )
+    table.add_column("way", min_width=16)
     for name in ("peak", "base", "trained", "activ.", "loss", "buffers", "rest", "step", "all", "cost"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits")
     for choice in found:
         memory = choice.forecast.memory

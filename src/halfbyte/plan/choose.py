@@ -158,6 +158,11 @@ def choices(
 
 
 def _first_that_fits(config: Config, plain: Choice, asked: Asked) -> list[Choice]:
+    """The first saving with which a way fits; none is tried where what no saving changes is too much already."""
+    memory = plain.forecast.memory
+    left = memory.total - memory.optimizer - memory.activations - memory.buffers
+    if left > asked.limits.memory_bytes:
+        return []
     fitting = (choice for choice in _with_savings(config, plain, asked) if choice.fits)
     return list(itertools.islice(fitting, 1))
 

@@ -10,8 +10,9 @@ computed for real, so that code which looks at numbers takes its usual way.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ _SHOWN = 2.0
 
 _CPU = torch.device("cpu")
 
+_LARGE = 1 << 16
+"""Numbers from which on zeros are not made for real: they are some optimizer's state."""
+
 
 class _Tensor(NamedTuple):
     """What a tensor is, but for its numbers."""
@@ -39,6 +43,11 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _form(of: Any) -> Any:
@@ -123,6 +132,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.index.Tensor and _is_selection(*args):
             (selected,) = args[1]
             out = args[0].new_empty((int(selected.sum()), *args[0].shape[selected.dim() :]))
+        elif func is torch.ops.aten.zeros.default and math.prod(args[0]) >= _LARGE:
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            out = self._of_form(_Tensor(tuple(args[0]), _strides(args[0]), dtype))
         elif fakes and func._schema.is_mutable and not func._schema.returns:
             out = None  # numbers that are not there change
         elif fakes and func.namespace == "halfbyte":
