@@ -19,13 +19,11 @@ from halfbyte.plan.calibrate import calibration_file, read_calibration, tokenize
 from halfbyte.plan.choose import Asked, Limits, refuse_what_does_not_fit
 from halfbyte.plan.forecast import Machine, Outlook, dtype_of, forecast
 from halfbyte.plan.hardware import find_hardware
-from halfbyte.plan.heap import give_back_freed_memory
 from halfbyte.plan.history import runs_beside
 from halfbyte.plan.ledger import Planned
 from halfbyte.plan.memory import Runtime, peak_of_measuring
 from halfbyte.plan.work import Work
-from halfbyte.system import process_bytes
-from halfbyte.train.memory import available_bytes
+from halfbyte.system import available_bytes, give_back_freed_memory, process_bytes
 
 if TYPE_CHECKING:
     from halfbyte.model.residency import Residency

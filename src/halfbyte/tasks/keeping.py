@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.model import blocks
-from halfbyte.train.memory import activation_budget_bytes, available_bytes
+from halfbyte.system import available_bytes
+from halfbyte.train.memory import activation_budget_bytes
 from halfbyte.train.optimizer import to_come_bytes
 
 if TYPE_CHECKING:
