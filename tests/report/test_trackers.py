@@ -31,6 +31,7 @@ def config(tmp_path: Path, shared: Callable[[str], Path]) -> Callable[..., Confi
         base: dict[str, Any] = {
             "model": str(shared("models/stories260K-hf")),
             "output_dir": str(tmp_path / "run"),
+            "forecast": False,
             "data": {"train": str(file), "eval_fraction": 0.0},
             "train": {"max_steps": 3, "batch_size": 2, "report_to": list(report_to)},
         }

@@ -63,6 +63,7 @@ def make(tmp_path: Path, encoder: Callable[[str], Path]) -> Make:
             "model": str(encoder(family)),
             "task": task,
             "output_dir": str(tmp_path / "run"),
+            "forecast": False,
             "dtype": "float32",
             "lora": {"r": 4},
             "data": data,

@@ -74,6 +74,7 @@ def make(world: Path, tmp_path: Path) -> Make:
             "model": str(world / "model"),
             "task": "classify_images",
             "output_dir": str(tmp_path / "run"),
+            "forecast": False,
             "dtype": "float32",
             "data": {"train": [str(world / "pictures")], "eval_fraction": 0.25, **data},
             "train": {"epochs": 8, "batch_size": 9, "learning_rate": 1e-2, "save_steps": 3},

@@ -67,6 +67,7 @@ def make(tmp_path: Path, shared: Callable[[str], Path]) -> Make:
             "task": task,
             "model": str(shared("models/stories260K-hf")),
             "output_dir": str(tmp_path / "run"),
+            "forecast": False,
             "dtype": "float32",
             "lora": {"r": 8},
             "data": {"train": str(file), "eval_fraction": 0.25},

@@ -61,6 +61,7 @@ def make(tmp_path: Path) -> Make:
         base: dict[str, Any] = {
             "model": str(tmp_path / kind),
             "output_dir": str(tmp_path / "run"),
+            "forecast": False,
             "dtype": "float32",
             "lora": {"r": 8, "alpha": 16},
             "data": {"train": str(tmp_path / "train.jsonl"), "max_length": 32, "eval_fraction": 0.25},
