@@ -17,6 +17,7 @@ from halfbyte.model.loading import load
 from halfbyte.model.saving import save_quantized
 from halfbyte.pipeline import run
 from halfbyte.plan.expect import expect, machine_here, where_to_measure
+from halfbyte.plan.forecast import Machine
 from halfbyte.plan.memory import Runtime
 from halfbyte.quant.weight import QuantSpec
 from halfbyte.report.watch import Watch
@@ -56,15 +57,19 @@ def test_auto_streams_a_base_whose_forecast_is_beyond_what_may_be_taken(
 ) -> None:
     """The base takes about 8 MB more where it is resident: a limit between the two decides."""
     task = prepare(make("forecast=true", "train.activation_memory_gb=0.05"))
+    here = machine_here(task.config, ())
+    given = replace(here, memory_bytes=10**12, runtime=Runtime(0, 3 * 10**8, 0), runtime_method="given")
+
+    def on(machine: Machine) -> None:
+        monkeypatch.setattr("halfbyte.plan.expect.machine_here", lambda *_: machine)
+
+    on(given)
     resident = expect(task, (), measured=False)
     assert resident.residency == "resident"
     assert resident.outlook is not None
-    took = resident.outlook.forecast.memory
-    base = took.total - took.runtime
-    for room, chosen in ((base + 10**6, "resident"), (base - 10**6, "streamed")):
-        limited = replace(machine_here(task.config, ()), memory_bytes=took.runtime + room)
-        limited = replace(limited, runtime=Runtime(0, took.runtime, 0), runtime_method="given")
-        monkeypatch.setattr("halfbyte.plan.expect.machine_here", lambda *_, m=limited: m)
+    took = resident.outlook.forecast.peak_bytes
+    for room, chosen in ((took + 10**6, "resident"), (took - 10**6, "streamed")):
+        on(replace(given, memory_bytes=room))
         found = expect(task, (), measured=False)
         assert found.residency == chosen
         assert f"the base is {chosen}" in found.because

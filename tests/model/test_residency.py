@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import re
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,16 +14,17 @@ from tests.model.families import FAMILIES, save_tiny
 from torch import Tensor
 
 from halfbyte.errors import ModelError
-from halfbyte.model import residency
+from halfbyte.model import direct, mapped, residency
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.loading import load
 from halfbyte.model.lora import LoraLinear, LoraSpec, add_lora
 from halfbyte.model.mapped import Extent, MappedFile, extents_of
-from halfbyte.model.residency import Residency, Streamer, streamer_of
+from halfbyte.model.residency import Residency, streamer_of
 from halfbyte.model.saving import save_quantized
 from halfbyte.model.stored import StoredTensor
 from halfbyte.quant.weight import QuantSpec
+from halfbyte.system import process_bytes
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
 
@@ -177,64 +175,101 @@ def test_a_pass_reads_each_layer_twice_less_what_is_still_there(tmp_path: Path) 
     assert streamer.brought_bytes == pytest.approx(expected, rel=0.01)
 
 
-def test_layers_further_ahead_are_announced_once_in_either_direction(
+@pytest.fixture
+def past_the_cache(monkeypatch: pytest.MonkeyPatch) -> list[Extent]:
+    """Has every layer read past the system's cache, however small; which were is in the list."""
+    found: list[Extent] = []
+    put = MappedFile._put
+
+    def noted(file: MappedFile, pages: Extent) -> bool:
+        done = put(file, pages)
+        found.extend([pages] if done else [])
+        return done
+
+    monkeypatch.setattr(residency, "CACHED_SHARE", 0.0)
+    monkeypatch.setattr(mapped, "HUGE_PAGE", mmap.PAGESIZE)
+    monkeypatch.setattr(MappedFile, "_put", noted)
+    return found
+
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere pages come from the cache")
+
+
+@LINUX
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_read_past_the_cache_give_the_same_bits(
+    family: str, tmp_path: Path, past_the_cache: list[Extent]
+) -> None:
+    folder = in_4bit(family, tmp_path)
+    read = gradients(folder, None)
+    found = gradients(folder, "streamed")
+    assert [name for name in read if not torch.equal(found[name], read[name])] == []
+    assert len(past_the_cache) > 4
+
+
+@LINUX
+def test_what_is_fetched_is_the_file_s_bytes_in_the_process_until_it_is_let_go(tmp_path: Path) -> None:
+    size, path = 40 << 20, tmp_path / "bytes"
+    content = os.urandom(size)
+    path.write_bytes(content)
+    file = MappedFile.open(path)
+    extent = Extent(5_000_003, 30_000_001)
+
+    def held() -> int:
+        return process_bytes()["RssAnon"]
+
+    before = held()
+    file.fetch(extent)
+    if not file.fetched:
+        pytest.skip("this file system offers no reading past its cache")
+    assert abs(held() - before - 25_000_000) < 1_000_000
+    assert bytes(file.bytes_of(Extent(0, size))) == content
+    with path.open("r+b") as stream:  # a copy does not follow the file: it was really fetched
+        stream.seek(20_000_000)
+        stream.write(bytes(1000))
+    assert bytes(file.bytes_of(extent)) == content[extent.begin : extent.end]
+    file.let_go(extent)
+    assert not file.fetched
+    assert abs(held() - before) < 1_000_000
+    assert bytes(file.bytes_of(Extent(20_000_000, 20_001_000))) == bytes(1000)
+
+
+def test_without_reading_past_the_cache_pages_come_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(
-        in_4bit("llama", tmp_path, num_hidden_layers=6),
-        quantization=None,
-        dtype=torch.float32,
-        residency="streamed",
-    )
-    found = streamer_of(model)
-    assert found is not None
-    units = found.units[:-1]
-    begins = {unit.parts[0].extent: i for i, unit in enumerate(units)}
-    said: list[int] = []
-    monkeypatch.setattr(MappedFile, "announce", lambda _, extent: said.append(begins[extent]))
-    streamer = Streamer(units, found.loose, ahead_bytes=2 * units[0].nbytes + 8192)
-
-    def after(visit: Callable[[int], None], i: int) -> list[int]:
-        said.clear()
-        visit(i)
-        streamer._reader.submit(int).result()
-        return list(said)
-
-    assert [after(streamer.forward_visit, i) for i in range(6)] == [[2, 3], [4], [5], [], [], []]
-    assert [after(streamer.backward_visit, i) for i in range(5, -1, -1)] == [[3, 2], [1], [0], [], [], []]
-    none = Streamer(units, found.loose, ahead_bytes=units[0].nbytes // 2)
-    none.forward_visit(0)
-    none._reader.submit(int).result()
-    assert said == []
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is in the cache is asked of Linux")
-def test_what_is_announced_comes_into_the_cache_and_not_into_the_process(tmp_path: Path) -> None:
-    path, size = tmp_path / "bytes", 64 << 20
-    path.write_bytes(os.urandom(size))
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    monkeypatch.setattr(direct, "_DIRECT", 0)
+    path = tmp_path / "bytes"
+    content = os.urandom(8 << 20)
+    path.write_bytes(content)
     file = MappedFile.open(path)
-    if cached(file, Extent(0, size)) > 0:
-        pytest.skip("this file system keeps no file out of its cache")
-    before = in_memory(path)
-    file.announce(Extent(0, 24 << 20))
-    end = time.monotonic() + 20
-    while cached(file, Extent(0, 24 << 20)) < 24 << 20 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert cached(file, Extent(0, 24 << 20)) == 24 << 20
-    assert cached(file, Extent(48 << 20, size)) == 0
-    assert in_memory(path) == before
+    file.fetch(Extent(0, 8 << 20))
+    assert not file.fetched
+    assert bytes(file.bytes_of(Extent(0, 8 << 20))) == content
 
 
-def cached(file: MappedFile, extent: Extent) -> int:
-    """Bytes of a mapped extent that are in the system's cache."""
-    pages = (extent.end - extent.begin) // mmap.PAGESIZE
-    found = (ctypes.c_ubyte * pages)()
-    address = ctypes.c_void_p(file.raw.data_ptr() + extent.begin)
-    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(pages * mmap.PAGESIZE), found) == 0
-    return mmap.PAGESIZE * sum(each & 1 for each in found)
+@LINUX
+def test_a_file_that_became_shorter_is_an_error_past_the_cache_too(
+    tmp_path: Path, past_the_cache: list[Extent]
+) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(1 << 20))
+    file = MappedFile.open(path)
+    os.truncate(path, 4096)
+    with pytest.raises(ModelError) as fault:
+        file.fetch(Extent(0, 1 << 20))
+    assert fault.value.code == "HB369"
+    assert past_the_cache == []
+
+
+@pytest.mark.parametrize(("share", "is_fetched"), [(0.0, True), (1.0, False)])
+def test_a_base_that_the_cache_can_hold_is_read_through_it(
+    share: float, is_fetched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "CACHED_SHARE", share)
+    model = load(in_4bit("llama", tmp_path), quantization=None, dtype=torch.float32, residency="streamed")
+    streamer = streamer_of(model)
+    assert streamer is not None
+    assert streamer._read is (MappedFile.fetch if is_fetched else MappedFile.bring)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")

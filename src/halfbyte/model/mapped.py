@@ -4,6 +4,10 @@ It owns the calls to the operating system; it must not know models, layers or wh
 
 A mapped tensor always has its values: what is not in memory is read when it is touched. Bringing pages in before they
 are needed, and letting go of those that are not, changes speed and memory, never a number.
+
+`bring` takes pages of the system's cache. `fetch` reads past it, for files of which the cache cannot keep enough to
+be of use: there the system finds, fills and drops a page for each 4 KiB, which takes much of a processor. What was
+read lies in memory of the process's own, which then takes the mapping's place in one step.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ import mmap
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +29,15 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ModelError
+from halfbyte.model.direct import HUGE_PAGE, read_direct
 from halfbyte.model.stored import StoredTensor
 
-_WILLNEED = 3
 _DONTNEED = 4
+_HUGEPAGE = 14
 _POPULATE_READ = 22  # Linux 5.14; unlike touching a page, a failure is an error and no signal
-_ANNOUNCED = 128 * 1024  # bytes of one announcement: of a larger one, Linux may heed only so many
+_MAP_FIXED = 0x10
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+_FAILED = ctypes.c_void_p(-1).value
 
 
 class Extent(NamedTuple):
@@ -46,10 +54,14 @@ class MappedFile:
     Attributes:
         path: The file.
         raw: (bytes,) uint8, all of it.
+        handle: Descriptor of the file, open as long as this lives.
+        fetched: Where memory of the process's own stands in for the mapping.
     """
 
     path: Path
     raw: Tensor
+    handle: int
+    fetched: set[Extent] = field(default_factory=set)
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:
@@ -59,8 +71,12 @@ class MappedFile:
             ModelError: HB368 where the system cannot.
         """
         try:
-            with path.open("rb") as stream:
-                mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                mapping = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+            except BaseException:
+                os.close(handle)
+                raise
         except (OSError, ValueError) as fault:
             raise ModelError(
                 "HB368",
@@ -70,7 +86,9 @@ class MappedFile:
             ) from fault
         with warnings.catch_warnings():  # torch would like to write into it; whoever does is stopped
             warnings.simplefilter("ignore", UserWarning)
-            return cls(path, torch.frombuffer(mapping, dtype=torch.uint8))
+            file = cls(path, torch.frombuffer(mapping, dtype=torch.uint8), handle)
+        weakref.finalize(file, os.close, handle)
+        return file
 
     def tensor(self, stored: StoredTensor) -> Tensor | None:
         """A stored tensor as it lies in the file; None where it lies across its elements' boundaries."""
@@ -104,22 +122,77 @@ class MappedFile:
                 )
         self.raw[extent.begin : extent.end : mmap.PAGESIZE].sum()  # an older system: touch every page
 
-    def announce(self, extent: Extent) -> None:
-        """Have the system read an extent into its own cache while it has room there; nobody waits for that."""
-        begin, length = self._pages(extent)
-        for piece in range(begin, begin + length, _ANNOUNCED):
-            _advise(piece, min(_ANNOUNCED, begin + length - piece), _WILLNEED)
+    def fetch(self, extent: Extent) -> None:
+        """Have an extent in memory, read past the system's cache where that is offered.
+
+        Raises:
+            ModelError: As `bring`.
+        """
+        inside = _whole_pages(extent)
+        if sys.platform == "linux" and inside.end - inside.begin >= HUGE_PAGE and self._put(inside):
+            self.fetched.add(inside)
+        else:
+            self.bring(extent)
+
+    def _put(self, pages: Extent) -> bool:
+        """Read pages into memory of the process's own and put it in the mapping's place; False where that fails."""
+        libc, length, target = _libc(), pages.end - pages.begin, self.raw.data_ptr() + pages.begin
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        start = libc.mmap(None, length + HUGE_PAGE, mmap.PROT_READ | mmap.PROT_WRITE, private, -1, 0)
+        if start == _FAILED:
+            return False
+        first = start + (target - start) % HUGE_PAGE  # huge pages here are huge pages there
+        last, end = first + length, start + length + HUGE_PAGE
+        for begin, stop in ((start, first), (last, end)):
+            if stop > begin:
+                libc.munmap(begin, stop - begin)
+        libc.madvise(first, length, _HUGEPAGE)
+        into = memoryview((ctypes.c_char * length).from_address(first)).cast("B")
+        if read_direct(self.path, pages.begin, into) == length:
+            del into
+            libc.mprotect(first, length, mmap.PROT_READ)
+            if libc.mremap(first, length, length, _MREMAP_MAYMOVE | _MREMAP_FIXED, target) == target:
+                return True
+        libc.munmap(first, length)
+        return False
 
     def let_go(self, extent: Extent) -> None:
         """Let the system use an extent's pages for something else; they stay in its cache while there is room."""
+        inside = _whole_pages(extent)
+        if inside in self.fetched:
+            where, length = self.raw.data_ptr() + inside.begin, inside.end - inside.begin
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            if _libc().mmap(where, length, mmap.PROT_READ, flags, self.handle, inside.begin) == _FAILED:
+                return  # it stays, and is right
+            self.fetched.remove(inside)
         if can_let_go():
-            _advise(*self._pages(extent), _DONTNEED)
+            for begin, end in self._beside_fetched(extent):
+                _advise(begin, end - begin, _DONTNEED)
+
+    def _beside_fetched(self, extent: Extent) -> Iterator[tuple[int, int]]:
+        """Addresses of an extent's pages but those where fetched ones of another lie: let go, they would be zeros."""
+        begin, length = self._pages(extent)
+        first, end = self.raw.data_ptr(), begin + length
+        for other in sorted(self.fetched):
+            if first + other.begin > begin:
+                yield begin, min(end, first + other.begin)
+            begin = max(begin, first + other.end)
+            if begin >= end:
+                return
+        yield begin, end
 
     def _pages(self, extent: Extent) -> tuple[int, int]:
         """Address and length of the whole pages around an extent."""
         first = self.raw.data_ptr()
         begin = (first + extent.begin) & -mmap.PAGESIZE
         return begin, first + extent.end - begin
+
+
+def _whole_pages(extent: Extent) -> Extent:
+    """Those that lie wholly within an extent."""
+    return Extent(
+        -(-extent.begin // mmap.PAGESIZE) * mmap.PAGESIZE, extent.end // mmap.PAGESIZE * mmap.PAGESIZE
+    )
 
 
 def can_let_go() -> bool:
@@ -140,11 +213,18 @@ def extents_of(tensors: Sequence[StoredTensor], gap: int = mmap.PAGESIZE) -> lis
 
 def _advise(address: int, length: int, advice: int) -> int:
     """`madvise(2)`; 0, or the error's number. The interpreter's lock is free while it runs."""
-    return 0 if _madvise()(address, length, advice) == 0 else ctypes.get_errno()
+    return 0 if _libc().madvise(address, length, advice) == 0 else ctypes.get_errno()
 
 
 @cache
-def _madvise() -> Any:
+def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return libc.madvise
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.madvise.argtypes = libc.mprotect.argtypes = (pointer, size, number)
+    libc.munmap.argtypes = (pointer, size)
+    libc.mmap.argtypes = (pointer, size, number, number, number, ctypes.c_int64)
+    libc.mmap.restype = pointer
+    if sys.platform == "linux":
+        libc.mremap.argtypes = (pointer, size, size, number, pointer)
+        libc.mremap.restype = pointer
+    return libc

@@ -7,10 +7,6 @@ layer computes or what its weights mean.
 comes next, forward or backward, and what lies behind is let go; two layers are in memory at once, beside the last one
 the output head. A layer's visit in the backward pass serves its recomputation too, and the last layer, and the first
 one of the next pass, are still there when the direction turns. Weights are the same bytes either way.
-
-A forward pass may be faster than the disk where a backward pass is not. Layers further ahead are therefore announced
-to the system, which reads them into its own cache where that has room: memory that is nobody's and that it takes back
-at will.
 """
 
 from __future__ import annotations
@@ -42,8 +38,9 @@ LEAST_BYTES = 16 * 1024
 LEAST_SHARE = 0.9
 """Of the layers' bytes, what must lie in mapped files for streaming to be worth its name."""
 
-AHEAD_SHARE = 0.25
-"""Of the memory that is free when streaming begins, what may be announced to be read."""
+CACHED_SHARE = 0.5
+"""Of the memory that is free when streaming begins, what the layers may be for the system's cache to keep them: then
+only the first pass reads the disk. Larger ones are read past the cache."""
 
 _STREAMER = "_halfbyte_streamer"  # attribute of a model that is streamed
 
@@ -142,7 +139,7 @@ class Streamer:
         units: In the order of a forward pass.
         loose: Other mapped weights, such as an embedding of which each pass touches some rows.
         digests: What the file is to hold; a unit is held against it when its pages come for the first time.
-        ahead_bytes: How much may be announced beyond the unit that comes next.
+        past_cache: Whether they are read past the system's cache.
 
     Attributes:
         visits: How often a layer was visited.
@@ -151,11 +148,10 @@ class Streamer:
     """
 
     def __init__(
-        self, units: list[Unit], loose: Unit, digests: Digests | None = None, ahead_bytes: int = 0
+        self, units: list[Unit], loose: Unit, digests: Digests | None = None, past_cache: bool = False
     ) -> None:
         self.units, self.loose = units, loose
-        self._ahead = ahead_bytes // max(1, *(unit.nbytes for unit in units))
-        self._announced: set[int] = set()
+        self._read = MappedFile.fetch if past_cache else MappedFile.bring
         self._digests = digests
         known = digests.units if digests is not None else {}
         self._unchecked = {
@@ -207,19 +203,9 @@ class Streamer:
                 self._reader.submit(self._let_go, self.units[other])
         if 0 <= following < len(self.units) and following not in self._held:
             self._held[following] = self._reader.submit(self._bring, self.units[following])
-        self._announce(following, following - i)
-
-    def _announce(self, following: int, step: int) -> None:
-        """Announce the units beyond the one that comes next."""
-        last = following + step * self._ahead
-        wanted = [j for j in range(following + step, last + step, step) if 0 <= j < len(self.units)]
-        for j in wanted:
-            if j not in self._announced:
-                self._reader.submit(self._each_part, MappedFile.announce, self.units[j])
-        self._announced = {*wanted, following}
 
     def _bring(self, unit: Unit) -> None:
-        self._each_part(MappedFile.bring, unit)
+        self._each_part(self._read, unit)
         self.brought_bytes += unit.nbytes
         if self._digests is not None and unit.name in self._unchecked:
             self._digests.check(unit.name, unit.parts[0].file.bytes_of(self._digests.units[unit.name][0]))
@@ -259,7 +245,8 @@ def stream(model: PreTrainedModel, weights: MappedWeights, digests: Digests | No
         visited = {unit.name for unit in found.values() if unit.name != HEAD and unit.parts}
         for name in digests.units.keys() - visited:
             digests.check_stored(name)
-    streamer = Streamer(list(found.values()), loose, digests, int(AHEAD_SHARE * available_bytes()))
+    past_cache = sum(unit.nbytes for unit in found.values()) > CACHED_SHARE * available_bytes()
+    streamer = Streamer(list(found.values()), loose, digests, past_cache)
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(partial(_before, streamer.forward_visit, i))
         layer.register_forward_hook(partial(_after, streamer.backward_visit, i))
