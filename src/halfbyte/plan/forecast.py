@@ -159,9 +159,10 @@ def _layer_speeds(config: Config, machine: Machine) -> LayerSpeeds | None:
 
 def _least_seconds(config: Config, work: Work, machine: Machine) -> float:
     """Of a step that computes nothing twice and waits for nothing; 0 where the machine is not known."""
-    known, sizes = machine.calibration, Sizes.of(config.model, dtype_of(config))
+    known = machine.calibration
     if known is None or work.untimed:
         return 0.0
+    sizes = Sizes.of(config.model, dtype_of(config))
     timing = known.timing(config, work)
     if timing is not None:
         return from_timing(timing, sizes, work, Counter(all=sizes.layers))
