@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,12 @@ def test_where_nothing_fits_the_nearest_is_named(config: Config) -> None:
 
 def test_a_run_that_does_not_fit_is_refused_with_what_takes_less(config: Config) -> None:
     expected = ways(config, Limits(10**11))[1].forecast
-    refuse_what_does_not_fit(config, expected, Limits(expected.peak_bytes))
-    with pytest.raises(PlanError, match="HB704.*memory"):
-        refuse_what_does_not_fit(config, expected, Limits(expected.peak_bytes - 1))
-    with pytest.raises(PlanError, match="HB704.*disk"):
-        refuse_what_does_not_fit(config, expected, Limits(10**11, disk_bytes=0))
+    ask = partial(asked, config)
+    refuse_what_does_not_fit(config, expected, Limits(expected.peak_bytes), ask)
+    with pytest.raises(PlanError, match=r"HB704.*memory[\s\S]*would fit, with"):
+        refuse_what_does_not_fit(config, expected, Limits(expected.peak_bytes - 1), ask)
+    with pytest.raises(PlanError, match=r"HB704.*disk[\s\S]*nearest comes"):
+        refuse_what_does_not_fit(config, expected, Limits(10**11, disk_bytes=0), ask)
 
 
 def test_a_deadline_decides(config: Config) -> None:

@@ -6,8 +6,8 @@ A mapped tensor always has its values: what is not in memory is read when it is 
 are needed, and letting go of those that are not, changes speed and memory, never a number.
 
 `bring` takes pages of the system's cache. `fetch` reads past it, for files of which the cache cannot keep enough to
-be of use: there the system finds, fills and drops a page for each 4 KiB, which takes much of a processor. What was
-read lies in memory of the process's own, which then takes the mapping's place in one step.
+be of use: a disk may fill huge pages at twice the speed. What was read lies in memory of the process's own, which
+then takes the mapping's place in one step.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def nothing_fits(found: list[Choice]) -> PlanError:
 
 
 def refuse_what_does_not_fit(
-    config: Config, expected: Forecast, limits: Limits, ask: Callable[[Limits], Asked] | None = None
+    config: Config, expected: Forecast, limits: Limits, ask: Callable[[Limits], Asked]
 ) -> None:
     """Refuse a run before its model is loaded.
 
@@ -213,27 +213,16 @@ def refuse_what_does_not_fit(
         config: Its settings.
         expected: What it would take.
         limits: What it may take.
-        ask: Work and machine, to look for the nearest plan that fits; None looks for none.
+        ask: Work and machine, to look for the nearest plan that fits; called only where this one does not.
 
     Raises:
-        PlanError: HB704 with what lacks, and the plan or the settings that would take less.
+        PlanError: HB704 with what lacks, and the nearest plan that fits.
     """
     lacks = _lacks(expected, limits)
     if not lacks:
         return
-    less = []
-    if expected.memory.activations > 0.1 * expected.peak_bytes:
-        less.append("lower train.activation_memory_gb, train.batch_tokens or train.batch_size")
-    if config.method != "full" and config.residency != "streamed":
-        less.append("set residency to streamed")
-    if config.method != "qlora":
-        less.append("set method to qlora")
-    raise PlanError(
-        "HB704",
-        f"the run does not fit: {'; '.join(lacks)}",
-        where=f"method {config.method}",
-        fix=_nearest(config, ask(limits)) if ask else ", ".join(less) or "take a smaller model",
-    )
+    where = f"method {config.method}"
+    raise PlanError("HB704", "; ".join(lacks), where=where, fix=_nearest(config, ask(limits)))
 
 
 def _nearest(config: Config, asked: Asked) -> str:
