@@ -15,7 +15,8 @@ from tests.model.families import FAMILIES, save_tiny
 from torch import Tensor
 
 from halfbyte.errors import ModelError
-from halfbyte.model import direct, mapped, residency
+from halfbyte.model import direct, exchanged, mapped, residency
+from halfbyte.model.exchanged import PIECE, Exchange
 from halfbyte.model.files import open_model_folder
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.loading import load
@@ -189,16 +190,18 @@ def past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Exte
     """Has every layer read past the system's cache, however small; which were is in the list."""
     _skip_where_none_is_past_the_cache(tmp_path)
     found: list[Extent] = []
-    put = MappedFile._put
+    put = Exchange.put
 
-    def noted(file: MappedFile, pages: Extent) -> bool:
-        done = put(file, pages)
-        found.extend([pages] if done else [])
+    def noted(exchange: Exchange, begin: int, target: int, length: int) -> bool:
+        done = put(exchange, begin, target, length)
+        found.extend([Extent(begin, begin + length)] if done else [])
         return done
 
     monkeypatch.setattr(residency, "CACHED_SHARE", 0.0)
-    monkeypatch.setattr(mapped, "HUGE_PAGE", mmap.PAGESIZE)
-    monkeypatch.setattr(MappedFile, "_put", noted)
+    for module in (mapped, exchanged):
+        monkeypatch.setattr(module, "HUGE_PAGE", mmap.PAGESIZE)
+        monkeypatch.setattr(module, "PIECE", 2 * mmap.PAGESIZE)
+    monkeypatch.setattr(Exchange, "put", noted)
     return found
 
 
@@ -217,32 +220,46 @@ def test_layers_read_past_the_cache_give_the_same_bits(
     assert len(past_the_cache) > 4
 
 
+def anonymous_bytes() -> int:
+    give_back_freed_memory()  # of the copies that are compared
+    return process_bytes()["RssAnon"]
+
+
 @LINUX
-def test_what_is_fetched_is_the_file_s_bytes_in_the_process_until_it_is_let_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("can_keep", [True, False], ids=["kept", "an older system"])
+def test_what_is_fetched_is_the_file_s_bytes_in_the_process_until_it_is_let_go(
+    can_keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the memory that it was in is kept for what is fetched next, or not."""
     _skip_where_none_is_past_the_cache(tmp_path)
-    size, path = 40 << 20, tmp_path / "bytes"
+    if not can_keep:
+        monkeypatch.setattr(exchanged, "_DONTUNMAP", 1 << 20)  # unknown to any system
+    size, path = 5 * PIECE, tmp_path / "bytes"
     content = os.urandom(size)
     path.write_bytes(content)
     file = MappedFile.open(path)
-    extent = Extent(5_000_003, 30_000_001)
-
-    def held() -> int:
-        give_back_freed_memory()  # of the copies that are compared
-        return process_bytes()["RssAnon"]
-
-    before = held()
-    file.fetch(extent)
-    assert file.fetched
-    assert abs(held() - before - 25_000_000) < 1_000_000
+    one, other = Extent(5_000_003, 2 * PIECE + 30_000_001), Extent(2 * PIECE + 30_000_001, 5 * PIECE - 7)
+    edges = 8_000_000  # less than two huge pages, through the cache
+    before = anonymous_bytes()
+    file.fetch(one)
+    assert abs(anonymous_bytes() - before - (one.end - one.begin)) < edges
     assert bytes(file.bytes_of(Extent(0, size))) == content
     with path.open("r+b") as stream:  # a copy does not follow the file: it was really fetched
         stream.seek(20_000_000)
         stream.write(bytes(1000))
-    assert bytes(file.bytes_of(extent)) == content[extent.begin : extent.end]
-    file.let_go(extent)
+    assert bytes(file.bytes_of(one)) == content[one.begin : one.end]
+    file.let_go(one)
     assert not file.fetched
-    assert abs(held() - before) < 1_000_000
+    kept = anonymous_bytes() - before
+    assert abs(kept - (2 * PIECE if can_keep else 0)) < 1_000_000
     assert bytes(file.bytes_of(Extent(20_000_000, 20_001_000))) == bytes(1000)
+    file.fetch(other)
+    assert bytes(file.bytes_of(other)) == content[other.begin : other.end]
+    assert abs(anonymous_bytes() - before - (other.end - other.begin)) < edges
+    file.let_go(other)
+    file.give_back()
+    assert abs(anonymous_bytes() - before) < 1_000_000
+    assert bytes(file.bytes_of(other)) == content[other.begin : other.end]
 
 
 def test_without_reading_past_the_cache_pages_come_from_it(

@@ -21,7 +21,6 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +28,12 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ModelError
-from halfbyte.model.direct import HUGE_PAGE, read_direct
+from halfbyte.model.direct import HUGE_PAGE
+from halfbyte.model.exchanged import PIECE, Exchange, system
 from halfbyte.model.stored import StoredTensor
 
 _DONTNEED = 4
-_HUGEPAGE = 14
 _POPULATE_READ = 22  # Linux 5.14; unlike touching a page, a failure is an error and no signal
-_MAP_FIXED = 0x10
-_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
-_FAILED = ctypes.c_void_p(-1).value
 
 
 class Extent(NamedTuple):
@@ -62,6 +58,10 @@ class MappedFile:
     raw: Tensor
     handle: int
     fetched: set[Extent] = field(default_factory=set)
+    _exchange: Exchange = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_exchange", Exchange(self.path, self.handle))
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:
@@ -128,43 +128,27 @@ class MappedFile:
         Raises:
             ModelError: As `bring`.
         """
-        inside = _whole_pages(extent)
-        if sys.platform == "linux" and inside.end - inside.begin >= HUGE_PAGE and self._put(inside):
-            self.fetched.add(inside)
-        else:
-            self.bring(extent)
+        at = extent.begin
+        for piece in self._pieces(extent) if sys.platform == "linux" else ():
+            if not self._exchange.put(piece.begin, self._address(piece), piece.end - piece.begin):
+                break
+            self.fetched.add(piece)
+            if at < piece.begin:
+                self.bring(Extent(at, piece.begin))
+            at = piece.end
+        if at < extent.end:
+            self.bring(Extent(at, extent.end))
 
-    def _put(self, pages: Extent) -> bool:
-        """Read pages into memory of the process's own and put it in the mapping's place; False where that fails."""
-        libc, length, target = _libc(), pages.end - pages.begin, self.raw.data_ptr() + pages.begin
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        start = libc.mmap(None, length + HUGE_PAGE, mmap.PROT_READ | mmap.PROT_WRITE, private, -1, 0)
-        if start == _FAILED:
-            return False
-        first = start + (target - start) % HUGE_PAGE  # huge pages here are huge pages there
-        last, end = first + length, start + length + HUGE_PAGE
-        for begin, stop in ((start, first), (last, end)):
-            if stop > begin:
-                libc.munmap(begin, stop - begin)
-        libc.madvise(first, length, _HUGEPAGE)
-        into = memoryview((ctypes.c_char * length).from_address(first)).cast("B")
-        if read_direct(self.path, pages.begin, into) == length:
-            del into
-            libc.mprotect(first, length, mmap.PROT_READ)
-            if libc.mremap(first, length, length, _MREMAP_MAYMOVE | _MREMAP_FIXED, target) == target:
-                return True
-        libc.munmap(first, length)
-        return False
+    def give_back(self) -> None:
+        """Return to the system the memory that fetched pages were in, and that waits to be filled again."""
+        self._exchange.give_back()
 
     def let_go(self, extent: Extent) -> None:
         """Let the system use an extent's pages for something else; they stay in its cache while there is room."""
-        inside = _whole_pages(extent)
-        if inside in self.fetched:
-            where, length = self.raw.data_ptr() + inside.begin, inside.end - inside.begin
-            flags = mmap.MAP_SHARED | _MAP_FIXED
-            if _libc().mmap(where, length, mmap.PROT_READ, flags, self.handle, inside.begin) == _FAILED:
-                return  # it stays, and is right
-            self.fetched.remove(inside)
+        for piece in [*self.fetched]:
+            within = extent.begin <= piece.begin and piece.end <= extent.end
+            if within and self._exchange.take(piece.begin, self._address(piece), piece.end - piece.begin):
+                self.fetched.remove(piece)
         if can_let_go():
             for begin, end in self._beside_fetched(extent):
                 _advise(begin, end - begin, _DONTNEED)
@@ -181,18 +165,22 @@ class MappedFile:
                 return
         yield begin, end
 
+    def _pieces(self, extent: Extent) -> Iterator[Extent]:
+        """What of an extent can be exchanged: whole huge pages."""
+        first = self.raw.data_ptr()
+        begin = (-(-self._address(extent) // HUGE_PAGE) * HUGE_PAGE) - first
+        end = (first + extent.end) // HUGE_PAGE * HUGE_PAGE - first
+        for at in range(begin, end, PIECE):
+            yield Extent(at, min(at + PIECE, end))
+
+    def _address(self, extent: Extent) -> int:
+        return self.raw.data_ptr() + extent.begin
+
     def _pages(self, extent: Extent) -> tuple[int, int]:
         """Address and length of the whole pages around an extent."""
         first = self.raw.data_ptr()
         begin = (first + extent.begin) & -mmap.PAGESIZE
         return begin, first + extent.end - begin
-
-
-def _whole_pages(extent: Extent) -> Extent:
-    """Those that lie wholly within an extent."""
-    return Extent(
-        -(-extent.begin // mmap.PAGESIZE) * mmap.PAGESIZE, extent.end // mmap.PAGESIZE * mmap.PAGESIZE
-    )
 
 
 def can_let_go() -> bool:
@@ -212,19 +200,5 @@ def extents_of(tensors: Sequence[StoredTensor], gap: int = mmap.PAGESIZE) -> lis
 
 
 def _advise(address: int, length: int, advice: int) -> int:
-    """`madvise(2)`; 0, or the error's number. The interpreter's lock is free while it runs."""
-    return 0 if _libc().madvise(address, length, advice) == 0 else ctypes.get_errno()
-
-
-@cache
-def _libc() -> Any:
-    libc = ctypes.CDLL(None, use_errno=True)
-    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    libc.madvise.argtypes = libc.mprotect.argtypes = (pointer, size, number)
-    libc.munmap.argtypes = (pointer, size)
-    libc.mmap.argtypes = (pointer, size, number, number, number, ctypes.c_int64)
-    libc.mmap.restype = pointer
-    if sys.platform == "linux":
-        libc.mremap.argtypes = (pointer, size, size, number, pointer)
-        libc.mremap.restype = pointer
-    return libc
+    """`madvise(2)`; 0, or the error's number."""
+    return 0 if system().madvise(address, length, advice) == 0 else ctypes.get_errno()
