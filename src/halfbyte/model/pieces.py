@@ -25,6 +25,8 @@ from halfbyte.quant.formats import entry_names, to_bitsandbytes
 from halfbyte.quant.weight import QuantSpec, Weight4bit
 
 PIECE_BYTES = 1 << 23
+LEAST_BYTES = 1 << 26
+"""Of memory to read into: with two places for the largest the disk waits where these are small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def cut(found: list[Entry], tensors: Mapping[str, Tensor], layout: Layout, in_4b
 
 
 class ReadAhead:
-    """Pieces in their turn, as many of them read ahead as there is memory for: that of the two largest.
+    """Pieces in their turn, as many of them read ahead as there is memory for: that of the two largest, or a little.
 
     Args:
         pieces: What is read.
@@ -145,7 +147,8 @@ class ReadAhead:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = deque(pieces)
-        self._memory = Ring(2 * max((piece.room for piece in pieces), default=0))
+        largest = max((piece.room for piece in pieces), default=0)
+        self._memory = Ring(max(2 * largest, LEAST_BYTES))
         self._coming: deque[tuple[Future[Tensor | Weight4bit], Stretch]] = deque()
         self._reader = ThreadPoolExecutor(1)
         self._ask()

@@ -9,8 +9,10 @@ import errno
 import hashlib
 import io
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +23,7 @@ from torch import Tensor
 from halfbyte.model.direct import aligned_bytes, open_direct
 from halfbyte.model.quantised_file import PAGE, REST, Digests, Layout, bytes_of, digest_of, is_state
 
-STAGE_BYTES = 1 << 22
+STAGE_BYTES, STAGES = 1 << 22, 4
 SYNC_BYTES = 1 << 26
 _sync_data: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
@@ -30,9 +32,10 @@ class FileWriter:
     """Puts tensors in their places, unit after unit.
 
     The `rest` may be put at any time, the tensors of the other units in the order of their places. These pass through
-    two aligned buffers, one being filled while the other is written, straight to the disk where the file system
+    a few aligned buffers, one being filled while the others are written, straight to the disk where the file system
     allows that; elsewhere the system's cache is written out and dropped every 64 MiB, so that neither way gigabytes
-    wait in memory. What is small waits until the disk is not busy with these.
+    wait in memory. One thread writes everything in its turn, and after the first failure nothing more; whoever puts
+    waits for it only when all buffers are full, and learns of a failure then, or when the file is finished.
 
     Args:
         file: The file; created, or gone on with.
@@ -46,10 +49,11 @@ class FileWriter:
         file.touch()
         self._plain = io.FileIO(file, "r+")
         self._direct = open_direct(file, "r+")
-        stages: list[Any] = [aligned_bytes(STAGE_BYTES).numpy() for _ in range(2)]
-        self._stage, self._other = stages
+        self._free: list[Any] = [aligned_bytes(STAGE_BYTES).numpy() for _ in range(STAGES)]
+        self._stage = self._free.pop()
         self._disk = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._asked: deque[tuple[Future[None], Any]] = deque()
+        self._failed = False
         start = max(layout.units[name].end for name in (REST, *self.sha256))
         self._base, self._filled = start - start % PAGE, start % PAGE
         self._plain.seek(self._base)
@@ -78,7 +82,8 @@ class FileWriter:
             at_once = self._small_bytes >= STAGE_BYTES
             self._small.append((place.begin + offset, data if at_once else bytes(data)))
             if at_once:
-                self.settle()
+                self._settle()
+                self._await()
             return
         assert place.begin + offset == self._base + self._filled, f"{name} is out of turn"
         self._hash.update(data)
@@ -96,11 +101,13 @@ class FileWriter:
     def _flush(self) -> None:
         """Have what is staged written, in whole pages; the last one is written again when there is more for it."""
         whole, begun = self._filled - self._filled % PAGE, self._filled % PAGE
-        self._await_pages()
+        while not self._free:
+            self._await_first()
+        following = self._free.pop()
+        following[:begun] = self._stage[whole : self._filled]
         pages = memoryview(self._stage[: whole + (PAGE if begun else 0)])
-        self._writing = self._disk.submit(self._write_pages, self._base, pages)
-        self._other[:begun] = self._stage[whole : self._filled]
-        self._stage, self._other = self._other, self._stage
+        self._ask(partial(self._write_pages, self._base, pages), self._stage)
+        self._stage = following
         self._base, self._filled = self._base + whole, begun
 
     def _write_pages(self, position: int, pages: memoryview) -> None:
@@ -108,31 +115,49 @@ class FileWriter:
         if self._direct is None:
             self._unsynced += len(pages)
             if self._unsynced >= SYNC_BYTES:
-                self._sync()
+                self.sync()
 
-    def settle(self) -> None:
-        """Have all that was put in the file, though perhaps not yet on the disk.
+    def then(self, do: Callable[[], None]) -> None:
+        """Have something done once all that was put is in the file, though perhaps not yet on the disk.
 
         Raises:
-            OSError: The disk is full, or fails.
+            OSError: Of something before.
         """
-        self._await_pages()
-        for position, data in self._small:
-            _write(self._plain, position, memoryview(data))
-        self._small.clear()
-        self._small_bytes = 0
+        self._settle()
+        self._ask(do)
 
-    def _await_pages(self) -> None:
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+    def _settle(self) -> None:
+        small, self._small, self._small_bytes = self._small, [], 0
+        self._ask(partial(self._write_small, small))
+
+    def _write_small(self, small: list[tuple[int, bytes | memoryview]]) -> None:
+        for position, data in small:
+            _write(self._plain, position, memoryview(data))
+
+    def _ask(self, do: Callable[[], None], stage: Any = None) -> None:
+        """Have the disk's thread do something, after which a stage is free."""
+        while self._asked and self._asked[0][0].done():
+            self._await_first()
+        self._asked.append((self._disk.submit(self._unless_failed, do), stage))
+
+    def _unless_failed(self, do: Callable[[], None]) -> None:
+        if not self._failed:
+            self._failed = True
+            do()
+            self._failed = False
+
+    def _await_first(self) -> None:
+        asked, stage = self._asked.popleft()
+        if stage is not None:
+            self._free.append(stage)
+        asked.result()
+
+    def _await(self) -> None:
+        while self._asked:
+            self._await_first()
 
     def sync(self) -> None:
-        """Have all that was written on the disk, and out of the system's cache."""
-        self.settle()
-        self._sync()
-
-    def _sync(self) -> None:
+        """Have all that is in the file on the disk, and out of the system's cache; for what is done by `then`."""
         _sync_data(self._plain.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._plain.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -140,7 +165,8 @@ class FileWriter:
 
     def finish(self) -> Digests:
         """End the file where its last tensor ends, have it on the disk, and say what it is."""
-        self.settle()
+        self._settle()
+        self._await()
         self._plain.truncate(self._layout.file_bytes)
         self.sync()
         units = self._layout.units

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +68,8 @@ from halfbyte.version import __version__
 
 JOURNAL = "quantize.journal"
 SYNC_BYTES = 1 << 28
+WAITING_BYTES = 1 << 24
+"""Of what was made and is not yet taken by the writer: beyond it, nothing more is made."""
 """So much is written before the disk is waited for."""
 
 
@@ -315,22 +319,23 @@ def _stream(work: Quantisation, writer: FileWriter, journal: Journal, progress: 
     done = total - sum(piece.nbytes for piece in pieces)
     record = _Recorder(work, writer, journal)
     with ReadAhead(pieces) as ahead, ThreadPoolExecutor(1) as scribe:
-        writing: _Writing | None = None
+        waiting: deque[_Writing] = deque()
         for piece in pieces:
-            if writing is not None and not ahead:
-                writing.settled(ahead)
-                writing = None
+            while not ahead:
+                waiting.popleft().settled(ahead)
             got, held = ahead.next()
             made = piece.made(got, work.spec)
             if becomes_4bit := piece.becomes_4bit(work.spec):
                 ahead.give_back(held)
-            if writing is not None:
-                writing.settled(ahead)
-            writing = _Writing(scribe.submit(record.put, piece, made), None if becomes_4bit else held)
+            while sum(writing.nbytes for writing in waiting) > WAITING_BYTES:
+                waiting.popleft().settled(ahead)
+            nbytes = sum(tensor.nbytes for tensor in made.values())
+            written = scribe.submit(record.put, piece, made)
+            waiting.append(_Writing(written, None if becomes_4bit else held, nbytes))
             done += piece.nbytes
             if progress is not None:
                 progress(done, total)
-        if writing is not None:
+        for writing in waiting:
             writing.settled(ahead)
 
 
@@ -339,6 +344,7 @@ class _Writing(NamedTuple):
 
     written: Future[None]
     held: Stretch | None
+    nbytes: int
 
     def settled(self, ahead: ReadAhead) -> None:
         self.written.result()
@@ -358,13 +364,15 @@ class _Recorder:
         for name, tensor in made.items():
             offset = piece.offset * tensor.element_size() if name == piece.name else 0
             self._writer.put(name, tensor, offset)
-            self._unsynced += tensor.nbytes
-        unit = piece.unit
-        if unit != REST and unit in self._writer.sha256:
-            self._writer.settle()
-            file = self._writer.file
-            self._journal.add(_facts(file, self._work.layout, unit, self._writer.sha256[unit]))
-            if self._unsynced >= SYNC_BYTES:
-                self._writer.sync()
-                self._journal.sync()
-                self._unsynced = 0
+        if piece.unit != REST and piece.unit in self._writer.sha256:
+            self._writer.then(partial(self._note, piece.unit))
+
+    def _note(self, unit: str) -> None:
+        """Say in the journal that a unit is in the file; and from time to time have both on the disk."""
+        extent, sha256 = self._work.layout.units[unit], self._writer.sha256[unit]
+        self._journal.add(_facts(self._writer.file, self._work.layout, unit, sha256))
+        self._unsynced += extent.end - extent.begin
+        if self._unsynced >= SYNC_BYTES:
+            self._writer.sync()
+            self._journal.sync()
+            self._unsynced = 0
