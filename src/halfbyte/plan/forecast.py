@@ -24,7 +24,7 @@ from halfbyte.plan.terms import Estimate, Forecast
 from halfbyte.plan.time import EFFICIENCY, estimate, from_timing, of_optimizer, operations, with_streaming
 from halfbyte.plan.work import Sizes, Work
 from halfbyte.system import processor_name
-from halfbyte.train.memory import HELD_SHARE, LONG_SECONDS
+from halfbyte.train.memory import HELD_SHARE, TIDY_SECONDS
 from halfbyte.train.optimizer import state_bytes, to_come_bytes
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def forecast(
         residency=residency,
         folder=folder,
         speeds=speeds,
-        long_steps=_least_seconds(config, work, machine) > LONG_SECONDS,
+        long_steps=_least_seconds(config, work, machine) > TIDY_SECONDS,
     )
     step = _step(config, work, machine, residency, peak).times(machine.factors.time)
     seconds = step.times(work.steps)

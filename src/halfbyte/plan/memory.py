@@ -114,7 +114,7 @@ def peak_of(
         residency: Where the base is.
         folder: Of the model, where it is not as it is stored.
         speeds: Of arithmetic and disk, where layers may wait on it.
-        long_steps: Whether steps are so long that each gives back what it freed.
+        long_steps: Whether steps are so long that each gives back what it freed (`train.memory`).
 
     Raises:
         HalfbyteError: What the run would have raised for these settings.

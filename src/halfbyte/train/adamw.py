@@ -192,9 +192,9 @@ class SmallAdamW(torch.optim.Optimizer):
         counts = [p.numel() for p in every]
         places, size = lay_out(counts, bits)
         self._pages = pages(size) if pages is not None and size else None
-        self._places = {
-            p: place for p, place in zip(every, places, strict=True) if place and self._pages is not None
-        }
+        self._size = size
+        self._memory: dict[torch.device, Tensor] = {}
+        self._places = {p: place for p, place in zip(every, places, strict=True) if place}
         self._buffers = Buffers(buffer_bytes(counts, bits)) if self._pages is not None else None
 
     @torch.no_grad()
@@ -213,7 +213,7 @@ class SmallAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 step, place = int(state["step"]), self._places.get(parameter)
                 p, g = parameter.detach().view(-1), parameter.grad.reshape(-1)
-                if place is None:
+                if place is None or self._pages is None:
                     form = form_of(self._bits, p.numel())
                     form.update(p, g, [state[name].view(-1) for name in form.arrays], group, step)
                 else:
@@ -241,15 +241,26 @@ class SmallAdamW(torch.optim.Optimizer):
             else:
                 self._pages.write(place.offsets[name], value.contiguous().numpy().data.cast("B"))
 
+    def _block(self, device: torch.device) -> Tensor:
+        """Memory for every state on a device: one block, since many small ones among the activations of the first step
+        would be in the way of the next."""
+        if device not in self._memory:
+            self._memory[device] = torch.zeros(self._size, dtype=torch.uint8, device=device)
+        return self._memory[device]
+
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state before the first step."""
         place, count = self._places.get(parameter), parameter.numel()
         state = self.state[parameter] = {"step": torch.zeros(())}
         for name, dtype, length in form_of(self._bits, count).entries(count):
-            if place is None or self._pages is None:
+            if place is None:
                 state[name] = torch.zeros(length, dtype=dtype, device=parameter.device)
-            else:
+            elif self._pages is not None:
                 state[name] = self._pages.view(place.offsets[name], length, dtype)
+            else:
+                begin = place.offsets[name]
+                found = self._block(parameter.device)[begin : begin + dtype.itemsize * length]
+                state[name] = found.view(dtype)
         return state
 
 

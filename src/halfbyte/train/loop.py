@@ -35,7 +35,7 @@ from halfbyte.train.checkpoint import (
 )
 from halfbyte.train.display import Display, Shown, Silent
 from halfbyte.train.interrupt import CtrlC, TrainInterrupted
-from halfbyte.train.memory import give_back_after
+from halfbyte.train.memory import Tidy
 from halfbyte.train.metrics import MetricsFile, StepRecord, peak_rss_bytes
 from halfbyte.train.neftune import embedding_noise
 from halfbyte.train.noise import NoiseMeter
@@ -231,6 +231,7 @@ class _Loop:
         torch.manual_seed(run.seed)
         if run.resume is not None:
             self._go_on_from(run.resume)
+        self.tidy = Tidy()
         self.random = random_state()
         self.began = time.perf_counter() - self.state.seconds
 
@@ -285,7 +286,7 @@ class _Loop:
             kept = f"; the last good checkpoint is {good.folder}" if good else "; there is no checkpoint yet"
             raise self._stopped(error, kept) from error
         self.optimizer.zero_grad(set_to_none=True)
-        give_back_after(step_began)
+        self.tidy.after_step()
         return self._note(step, loss, grad_norm, lr, time.perf_counter() - step_began)
 
     def _stopped(self, error: TrainError, kept: str) -> TrainError:

@@ -12,19 +12,26 @@ from halfbyte.system import available_bytes, give_back_freed_memory, process_byt
 HELD_SHARE = 0.6
 """Of the memory that is left, for what layers hold; the rest is for logits, what passes through, and others."""
 
-LONG_SECONDS = 1.0
-"""Steps that take longer give back what they freed: that takes a thousandth of them; some pages are touched anew."""
+TIDY_SECONDS = 10.0
+"""How often steps give back what they freed, at most: the next one has to touch it anew."""
 
 
-def give_back_after(began: float) -> None:
-    """After a long step, return to the system what the allocator holds freed: pieces too small for the next request
-    add up over steps, to a seventh of the peak in models larger than memory.
+class Tidy:
+    """Now and then after a step, returns to the system what the allocator holds freed: pieces too small for the next
+    request add up over steps, to a seventh of the peak in models larger than memory.
 
     Args:
-        began: When the step did, on `time.perf_counter`'s clock.
+        began: When steps did, on `time.perf_counter`'s clock; None is now.
     """
-    if time.perf_counter() - began > LONG_SECONDS:
-        give_back_freed_memory()
+
+    def __init__(self, began: float | None = None) -> None:
+        self._last = time.perf_counter() if began is None else began
+
+    def after_step(self) -> None:
+        """Give back what is free, where that is due."""
+        if time.perf_counter() - self._last >= TIDY_SECONDS:
+            give_back_freed_memory()
+            self._last = time.perf_counter()
 
 
 def activation_budget_bytes(

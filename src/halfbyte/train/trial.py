@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from halfbyte.errors import TrainError
+from halfbyte.system import give_back_freed_memory
 from halfbyte.train.deviation import Deviation, deviation
-from halfbyte.train.memory import give_back_after
 from halfbyte.train.metrics import peak_rss_bytes
 from halfbyte.train.optimizer import build_optimizer, set_learning_rate
 from halfbyte.train.paging import Discarded
@@ -109,6 +109,6 @@ def try_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         del optimizer
-        give_back_after(began)
+        give_back_freed_memory()
         seconds = time.perf_counter() - began
         return Trial(batch.tokens, seconds, peak_rss_bytes(), deviation(model, take))
