@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,11 @@ PASS_SECONDS = 1.0
 """About how long a timed pass may take; longer ones are timed with fewer tokens."""
 
 LEAST_TOKENS = 64
-ROUNDS = 3
+LAYERS_SECONDS, MOST_LAYERS = 0.2, 8
+"""How long the layers of a timed pass take at least together, unless these are many: one that takes a few
+milliseconds is not told from noise."""
+ROUNDS, ROUNDS_SECONDS = (5, 25), 2.0
+"""Of the timed passes, least and most, and about how long all of them may take."""
 FILE_BYTES = 128 << 20
 
 
@@ -62,7 +67,9 @@ def measure_speeds(folder: Path) -> Speeds:
 
 
 def measure_passes(config: Config, sizes: Sizes, work: Work, speeds: Speeds) -> Timing:
-    """Passes of one and of two layers, by what layers keep: their differences are a layer, and the rest.
+    """Passes of one layer and of a few, by what layers keep: their differences are a layer, and the rest.
+
+    Passes of every kind take turns, and each one's middle counts: what disturbs the machine disturbs all alike.
 
     Args:
         config: Settings of the run.
@@ -77,24 +84,30 @@ def measure_passes(config: Config, sizes: Sizes, work: Work, speeds: Speeds) -> 
     batch = pack([example] * rows)
     autocast = autocast_dtype(config)
 
-    def seconds(layers: int, keep: Keep) -> float:
-        model = _model(config, layers)
-        for layer in fused_layers(model):
-            layer.keep = keep  # type: ignore[assignment]
-
+    def passes(model: PreTrainedModel, keep: Keep) -> Callable[[], None]:
         def once() -> None:
+            for layer in fused_layers(model):
+                layer.keep = keep  # type: ignore[assignment]
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 accumulate(model, batch, batch.trained_tokens, RowNames())
             model.zero_grad(set_to_none=True)
 
-        return _best(once)
+        return once
 
-    one, two = seconds(1, Keep.ALL), seconds(2, Keep.ALL)
-    layer = max(two - one, 0.05 * one)
-    found = {"all": layer}
-    for keep in (Keep.COSTLY, Keep.INPUT):
-        found[keep.name.lower()] = layer + max(0.0, seconds(1, keep) - one)
+    more = _worth_timing(sizes, tokens, speeds)
+    short, long = _model(config, 1), _model(config, 1 + more)
+    keeps = (Keep.ALL, Keep.COSTLY, Keep.INPUT)
+    one, *several = _middles([passes(short, Keep.ALL), *(passes(long, keep) for keep in keeps)])
+    layer = max((several[0] - one) / more, 0.05 * one)
+    again = [max(0.0, seconds - several[0]) / (1 + more) for seconds in several]
+    found = {keep.name.lower(): layer + extra for keep, extra in zip(keeps, again, strict=True)}
     return Timing(batch.tokens, each, found, max(0.0, one - layer))
+
+
+def _worth_timing(sizes: Sizes, tokens: int, speeds: Speeds) -> int:
+    """How many layers more than one a pass needs for their time to be told from noise."""
+    layer = tokens * 4 * sizes.linear / max(1, sizes.layers) / speeds.flops
+    return max(1, min(MOST_LAYERS, sizes.layers - 1, round(LAYERS_SECONDS / layer)))
 
 
 def _affordable(sizes: Sizes, work: Work, speeds: Speeds) -> int:
@@ -165,24 +178,27 @@ def _random_weight(shape: tuple[int, int], spec: QuantSpec, dtype: torch.dtype) 
     return Weight4bit(shape=shape, dtype=dtype, format=spec.format, blocksize=spec.blocksize, **parts)
 
 
-def _best(work: Callable[[], None]) -> float:
-    work()
-    found = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return min(found)
+def _middles(works: list[Callable[[], None]]) -> list[float]:
+    """Median seconds of each work, done in turn; the first turn is a rehearsal."""
+    least, most = ROUNDS
+    found: list[list[float]] = [[] for _ in works]
+    began = time.perf_counter()
+    while len(found[0]) <= least or (len(found[0]) <= most and time.perf_counter() - began < ROUNDS_SECONDS):
+        for work, seconds in zip(works, found, strict=True):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+    return [median(seconds[1:]) for seconds in found]
 
 
 def _products(dtype: torch.dtype) -> float:
     a = torch.ones(512, 1024, dtype=dtype)
-    return 2 * 512 * 1024 * 512 / _best(lambda: _void(a @ a.T))
+    return 2 * 512 * 1024 * 512 / _middles([lambda: _void(a @ a.T)])[0]
 
 
 def _copying() -> float:
     memory = torch.ones(1 << 25)
-    return memory.nbytes / _best(lambda: _void(memory.sum()))
+    return memory.nbytes / _middles([lambda: _void(memory.sum())])[0]
 
 
 def _void(_: object) -> None:

@@ -242,8 +242,8 @@ class SmallAdamW(torch.optim.Optimizer):
                 self._pages.write(place.offsets[name], value.contiguous().numpy().data.cast("B"))
 
     def _block(self, device: torch.device) -> Tensor:
-        """Memory for every state on a device: one block, since many small ones among the activations of the first step
-        would be in the way of the next."""
+        """Memory for every state on a device: one block, since many small ones among the activations of the first
+        step would be in the way of the next."""
         if device not in self._memory:
             self._memory[device] = torch.zeros(self._size, dtype=torch.uint8, device=device)
         return self._memory[device]
