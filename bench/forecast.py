@@ -37,7 +37,7 @@ from halfbyte.settings import Config
 from halfbyte.system import available_bytes
 from step_vs_peers import random_llama
 
-STEPS = 6
+STEPS = 8
 ROWS = 24
 MEMORY_SHARE, MEMORY_BYTES, MEMORY_MEAN = 0.03, 30e6, 0.015
 TIME_SHARE, TIME_MEAN = 0.15, 0.08

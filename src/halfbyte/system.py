@@ -11,6 +11,8 @@ import platform
 import sys
 from pathlib import Path
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for its settings
+
 
 def processor_name() -> str:
     """The processor's marketing name where the system keeps one, else its architecture."""
@@ -50,6 +52,20 @@ def available_bytes(root: Path = Path("/")) -> int:
     if limit is not None and used is not None:
         free = min(free, max(0, limit - used + _reclaimable(root / "sys/fs/cgroup/memory.stat")))
     return free
+
+
+def keep_freed_memory() -> None:
+    """Have the allocator keep what is freed for whoever asks next, where it can, until `give_back_freed_memory`.
+
+    By itself it returns the end of its heap over and over, and the system zeroes every page that comes back: in a
+    virtual machine, whose host may have taken the page meanwhile, seconds for a gigabyte.
+    """
+    allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if allocator is not None:
+        allocator(
+            _MMAP_THRESHOLD, 32 << 20
+        )  # the largest there is; larger blocks go back when they are freed
+        allocator(_TRIM_THRESHOLD, -1)
 
 
 def give_back_freed_memory() -> None:

@@ -20,7 +20,7 @@ from halfbyte.plan.time import Speeds, Timing, from_timing, with_streaming
 from halfbyte.plan.work import Sizes, Work
 from halfbyte.settings import Config
 
-SPEEDS = Speeds(2e11, 1e10, 1e9, 1e8)
+SPEEDS = Speeds(2e11, 1e10, 1e9, 1e8, 1e9)
 RUNTIME = Runtime(4 * 10**8, 4 * 10**8, 4 * 10**8)
 SIZES = Sizes(10, 10**9, 10**7, 10**7, 1000, 1000, 0)
 

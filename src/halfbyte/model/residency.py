@@ -209,8 +209,6 @@ class Streamer:
 
     def _bring(self, unit: Unit) -> None:
         self._each_part(self._read, unit)
-        for part in unit.parts:  # those behind had more memory than this one takes
-            part.file.give_back()
         self.brought_bytes += unit.nbytes
         if self._digests is not None and unit.name in self._unchecked:
             self._digests.check(unit.name, unit.parts[0].file.bytes_of(self._digests.units[unit.name][0]))

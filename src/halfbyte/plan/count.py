@@ -15,7 +15,7 @@ OBJECT_BYTES = 700
 """About what torch keeps of a tensor beside its numbers: the tensor, its storage, its node in the graph. They lie
 between the numbers of others and keep freed memory from growing together."""
 
-HEAP_SLACK, TIDY_SLACK = 0.055, 0.02
+HEAP_SLACK, TIDY_SLACK = 0.075, 0.02
 """Of what comes and goes, how much more a real heap takes than the imitated one: slivers cut off for alignment keep
 its free blocks apart. The second where what was freed goes back after each step (`train.memory`). Measured:
 bench/forecast.py."""

@@ -190,7 +190,8 @@ def _step(config: Config, work: Work, machine: Machine, residency: Residency | N
         if speeds.read_bytes_per_s is None or speeds.write_bytes_per_s is None:
             return Estimate.unknown("s", NO_SPEED_OF_DISK)
         if residency == "streamed":
-            seconds = with_streaming(seconds, sizes, work, peak.layer_bytes, speeds.read_bytes_per_s)
+            read = max(speeds.read_bytes_per_s, speeds.direct_bytes_per_s or 0.0)
+            seconds = with_streaming(seconds, sizes, work, peak.layer_bytes, read)
         seconds += paged / speeds.read_bytes_per_s + paged / speeds.write_bytes_per_s
     seconds += of_optimizer(trainable, speeds)
     return estimate(seconds, measured=timing is not None, source=known.machine, date=known.date)

@@ -56,7 +56,7 @@ def _card(name: str, sizes: tuple[float, float, float, float], price: Row | None
     """A card of a table: GB, TFLOPS of dense bfloat16 products, GB/s, watts."""
     memory_gb, tflops, bandwidth, watts = sizes
     priced = _NO_PRICE if price is None else estimate_of(price)._replace(unit=f"{price.unit}/h")
-    speeds = Speeds(tflops * 1e12, bandwidth * 1e9, None, None)
+    speeds = Speeds(tflops * 1e12, bandwidth * 1e9, None, None, None)
     return Hardware(name, int(memory_gb * 1e9), None, speeds, watts, priced, source, "2026")
 
 

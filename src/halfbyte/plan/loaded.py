@@ -19,10 +19,11 @@ from halfbyte.model.files import CONFIG, ModelFolder, open_model_folder, read_js
 from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.loading import place_quantised
 from halfbyte.model.matching import match
-from halfbyte.model.residency import LEAST_BYTES, Residency
+from halfbyte.model.residency import CACHED_SHARE, LEAST_BYTES, Residency
 from halfbyte.model.skeleton import Slot, build_skeleton, slots
 from halfbyte.plan.live import LiveBytes
 from halfbyte.quant.weight import NESTED_BLOCKSIZE, QuantSpec, Weight4bit
+from halfbyte.system import available_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,7 +136,12 @@ def load_without_memory(
     of_head, loose = mapped.pop("head", 0), mapped.pop("", 0)
     live.layer_bytes = largest = max(mapped.values(), default=0)
     if base.residency == "streamed":
-        live.count.mapped = {"": 2 * largest, "loss": largest + of_head, "load": max(largest, of_head, loose)}
+        with_head = largest + of_head
+        if sum(mapped.values()) + of_head > CACHED_SHARE * available_bytes():
+            with_head = max(
+                with_head, 2 * largest
+            )  # read past the cache: memory of a layer that left waits for another
+        live.count.mapped = {"": 2 * largest, "loss": with_head, "load": max(largest, of_head, loose)}
     return model
 
 

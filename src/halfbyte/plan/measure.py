@@ -23,16 +23,19 @@ from halfbyte.data.pack import pack
 from halfbyte.data.tokenise import Example
 from halfbyte.kernels import limits, native
 from halfbyte.model.blocks import fused_layers
+from halfbyte.model.direct import aligned_bytes, read_direct
 from halfbyte.model.files import CONFIG
 from halfbyte.model.layer import Keep
 from halfbyte.model.linear4bit import Linear4bit, features, is_conv1d
 from halfbyte.model.precision import computing_dtype
+from halfbyte.model.quantised_file import bytes_of
 from halfbyte.model.skeleton import build_skeleton, slots
 from halfbyte.model.speeds import disk_speeds
 from halfbyte.plan.loaded import open_for_plan
 from halfbyte.plan.time import Speeds, Timing
 from halfbyte.plan.work import Sizes, Work
 from halfbyte.quant.weight import QuantSpec, Weight4bit
+from halfbyte.system import keep_freed_memory
 from halfbyte.train.methods import autocast_dtype, make_trainable
 from halfbyte.train.step import RowNames, accumulate
 
@@ -60,10 +63,10 @@ def measure_speeds(folder: Path) -> Speeds:
         folder: On the disk that is to be measured; a file is written there and removed.
     """
     dtype = computing_dtype("auto")
-    read, write = _disk(folder)
+    disk = _disk(folder)
     if native.module() is None:
-        return Speeds(_products(dtype), _copying(), read, write)
-    return Speeds(limits.peak_flops(dtype), limits.read_bandwidth(1 << 28), read, write)
+        return Speeds(_products(dtype), _copying(), *disk)
+    return Speeds(limits.peak_flops(dtype), limits.read_bandwidth(1 << 28), *disk)
 
 
 def measure_passes(config: Config, sizes: Sizes, work: Work, speeds: Speeds) -> Timing:
@@ -94,6 +97,7 @@ def measure_passes(config: Config, sizes: Sizes, work: Work, speeds: Speeds) -> 
 
         return once
 
+    keep_freed_memory()  # as training does
     more = _worth_timing(sizes, tokens, speeds)
     short, long = _model(config, 1), _model(config, 1 + more)
     keeps = (Keep.ALL, Keep.COSTLY, Keep.INPUT)
@@ -205,13 +209,28 @@ def _void(_: object) -> None:
     """Drops a result."""
 
 
-def _disk(folder: Path) -> tuple[float | None, float | None]:
-    """Bytes per second of reading and writing a file that no cache holds; None where that cannot be had."""
+def _disk(folder: Path) -> tuple[float | None, float | None, float | None]:
+    """Bytes per second of reading and writing a file that no cache holds, and of reading past it; None where that
+    cannot be had."""
     if not hasattr(os, "posix_fadvise"):
-        return None, None
+        return None, None, None
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write, read = disk_speeds(folder, FILE_BYTES)
+        return read, write, _direct(folder)
     except OSError:  # a full disk
-        return None, None
-    return read, write
+        return None, None, None
+
+
+def _direct(folder: Path) -> float | None:
+    """Bytes per second of reading past the system's cache."""
+    into = bytes_of(aligned_bytes(FILE_BYTES).fill_(1))  # there, before the disk is waited for
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(into)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        done = read_direct(Path(file.name), 0, into)
+        seconds = time.perf_counter() - began
+    return FILE_BYTES / seconds if done == FILE_BYTES else None

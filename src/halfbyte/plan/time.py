@@ -49,12 +49,14 @@ class Speeds(NamedTuple):
         memory_bytes_per_s: Reading memory.
         read_bytes_per_s: Reading files that are not cached.
         write_bytes_per_s: Writing files.
+        direct_bytes_per_s: Reading files past the system's cache, as a base is that the cache cannot hold.
     """
 
     flops: float
     memory_bytes_per_s: float
     read_bytes_per_s: float | None
     write_bytes_per_s: float | None
+    direct_bytes_per_s: float | None
 
 
 def operations(sizes: Sizes, work: Work, trainable: int, method: str, keeps: Mapping[str, int]) -> float:

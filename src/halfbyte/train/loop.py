@@ -24,6 +24,7 @@ from halfbyte.errors import TrainError
 from halfbyte.model.heads import Objective
 from halfbyte.model.isolation import prove_isolation
 from halfbyte.model.mode import trained
+from halfbyte.system import give_back_freed_memory
 from halfbyte.train.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -170,6 +171,7 @@ def train(
                 break
         if config.keep == "best":
             loop.go_back_to_best()
+    give_back_freed_memory()
     return loop.result()
 
 

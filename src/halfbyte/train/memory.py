@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from halfbyte.system import available_bytes, give_back_freed_memory, process_bytes
+from halfbyte.system import available_bytes, give_back_freed_memory, keep_freed_memory, process_bytes
 
 HELD_SHARE = 0.6
 """Of the memory that is left, for what layers hold; the rest is for logits, what passes through, and others."""
@@ -15,23 +15,30 @@ HELD_SHARE = 0.6
 TIDY_SECONDS = 10.0
 """How often steps give back what they freed, at most: the next one has to touch it anew."""
 
+GROWN_SHARE = 1.01
+"""Of the peak before, above which freed memory is in the way: pieces too small for what is asked for add up."""
+
 
 class Tidy:
-    """Now and then after a step, returns to the system what the allocator holds freed: pieces too small for the next
-    request add up over steps, to a seventh of the peak in models larger than memory.
+    """Keeps what steps free for the next one, and returns it only after one that made the process larger than before.
 
     Args:
         began: When steps did, on `time.perf_counter`'s clock; None is now.
     """
 
     def __init__(self, began: float | None = None) -> None:
+        keep_freed_memory()
         self._last = time.perf_counter() if began is None else began
+        self._peak = process_bytes().get("VmHWM", 0)
 
     def after_step(self) -> None:
         """Give back what is free, where that is due."""
-        if time.perf_counter() - self._last >= TIDY_SECONDS:
+        if time.perf_counter() - self._last < TIDY_SECONDS:
+            return
+        peak, self._last = process_bytes().get("VmHWM", 0), time.perf_counter()
+        if peak > GROWN_SHARE * self._peak:
             give_back_freed_memory()
-            self._last = time.perf_counter()
+        self._peak = peak
 
 
 def activation_budget_bytes(
