@@ -62,9 +62,7 @@ def keep_freed_memory() -> None:
     """
     allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if allocator is not None:
-        allocator(
-            _MMAP_THRESHOLD, 32 << 20
-        )  # the largest there is; larger blocks go back when they are freed
+        allocator(_MMAP_THRESHOLD, 32 << 20)  # the largest there is; larger blocks go back when freed
         allocator(_TRIM_THRESHOLD, -1)
 
 

@@ -84,11 +84,15 @@ class Exchange:
         kept = kept and libc.mremap(target, length, length, _MAYMOVE | _FIXED | _DONTUNMAP, memory) == memory
         flags = mmap.MAP_SHARED | _MAP_FIXED
         if libc.mmap(target, length, mmap.PROT_READ, flags, self._handle, begin) == target:
-            if memory is not None:
-                self._spare.append(memory) if kept else libc.munmap(memory, length)
+            if memory is not None and kept:
+                self._spare.append(memory)
+            elif memory is not None:
+                libc.munmap(memory, length)
             return True
         if kept:
             libc.mremap(memory, length, length, _MAYMOVE | _FIXED, target)
+        elif memory is not None:
+            libc.munmap(memory, length)
         libc.mprotect(target, length, mmap.PROT_READ)
         return False
 

@@ -15,10 +15,9 @@ OBJECT_BYTES = 700
 """About what torch keeps of a tensor beside its numbers: the tensor, its storage, its node in the graph. They lie
 between the numbers of others and keep freed memory from growing together."""
 
-HEAP_SLACK, TIDY_SLACK = 0.075, 0.02
+HEAP_SLACK = 0.075
 """Of what comes and goes, how much more a real heap takes than the imitated one: slivers cut off for alignment keep
-its free blocks apart. The second where what was freed goes back after each step (`train.memory`). Measured:
-bench/forecast.py."""
+its free blocks apart. Measured: bench/forecast.py."""
 
 
 class Event(NamedTuple):
@@ -57,17 +56,14 @@ class Moment(NamedTuple):
 class Count:
     """Bytes that live, by kind.
 
-    Args:
-        slack: `HEAP_SLACK` or `TIDY_SLACK`.
-
     Attributes:
         live: Bytes now, by kind.
         peaks: The moment of most resident memory of each phase.
         mapped: Bytes of files that are in memory, by kind: while something of that kind is at work, else under "".
     """
 
-    def __init__(self, slack: float = HEAP_SLACK) -> None:
-        self._heap, self._slack = Heap(), slack
+    def __init__(self) -> None:
+        self._heap = Heap()
         self._storages: dict[int, tuple[str, int, tuple[Block, Block]]] = {}
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Moment] = {}
@@ -129,7 +125,7 @@ class Count:
         mapped = self.mapped.get(at_work, self.mapped[""])
         heap = self._heap.resident
         churned = heap - self.live["base"] - self.live["adapters"]
-        resident = heap + int(self._slack * churned) + mapped
+        resident = heap + int(HEAP_SLACK * churned) + mapped
         phase = at_work if at_work == "loss" else phase
         known = self.peaks.get(phase)
         so_far = (0, 0) if known is None else (known.resident, known.live.total())

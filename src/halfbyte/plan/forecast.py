@@ -21,10 +21,10 @@ from halfbyte.plan.history import PastRun, recalibration
 from halfbyte.plan.ledger import Factors
 from halfbyte.plan.memory import Peak, Runtime, peak_of
 from halfbyte.plan.terms import Estimate, Forecast
-from halfbyte.plan.time import EFFICIENCY, estimate, from_timing, of_optimizer, operations, with_streaming
+from halfbyte.plan.time import estimate, from_timing, of_optimizer, operations, with_streaming
 from halfbyte.plan.work import Sizes, Work
 from halfbyte.system import processor_name
-from halfbyte.train.memory import HELD_SHARE, TIDY_SECONDS
+from halfbyte.train.memory import HELD_SHARE
 from halfbyte.train.optimizer import state_bytes, to_come_bytes
 
 if TYPE_CHECKING:
@@ -117,7 +117,6 @@ def forecast(
         residency=residency,
         folder=folder,
         speeds=speeds,
-        long_steps=_least_seconds(config, work, machine) > TIDY_SECONDS,
     )
     step = _step(config, work, machine, residency, peak).times(machine.factors.time)
     seconds = step.times(work.steps)
@@ -155,21 +154,6 @@ def _layer_speeds(config: Config, machine: Machine) -> LayerSpeeds | None:
     if speeds.read_bytes_per_s is None or speeds.write_bytes_per_s is None:
         return None
     return LayerSpeeds(speeds.flops, speeds.write_bytes_per_s, speeds.read_bytes_per_s)
-
-
-def _least_seconds(config: Config, work: Work, machine: Machine) -> float:
-    """Of a step that computes nothing twice and waits for nothing; 0 where the machine is not known."""
-    known = machine.calibration
-    if known is None or work.untimed:
-        return 0.0
-    sizes = Sizes.of(config.model, dtype_of(config))
-    timing = known.timing(config, work)
-    if timing is not None:
-        return from_timing(timing, sizes, work, Counter(all=sizes.layers))
-    likely = EFFICIENCY[1]
-    return operations(sizes, work, 0, config.method, Counter(all=sizes.layers)) / (
-        likely * known.speeds.flops
-    )
 
 
 def _step(config: Config, work: Work, machine: Machine, residency: Residency | None, peak: Peak) -> Estimate:

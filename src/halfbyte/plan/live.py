@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from halfbyte.plan.count import HEAP_SLACK, Count, Event
+from halfbyte.plan.count import Count, Event
 
 Scratch = Callable[..., list[int]]
 """Sizes of the blocks that a kernel takes beside its results, from its arguments."""
@@ -63,7 +63,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         scratch: Of operations that take memory beside their results, by name.
         kinds: What results and scratch of operations are for, by name, where it is not what the rest is for.
-        slack: As `Count`.
 
     Attributes:
         count: What it comes to.
@@ -72,9 +71,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         layer_bytes: Of the largest layer that lies in a mapped file.
     """
 
-    def __init__(
-        self, scratch: Mapping[str, Scratch], kinds: Mapping[str, str], slack: float = HEAP_SLACK
-    ) -> None:
+    def __init__(self, scratch: Mapping[str, Scratch], kinds: Mapping[str, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._scratch, self._kinds = scratch, kinds
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -82,7 +79,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._forms: dict[Any, Any] = {}
         self._made = 0
         self._tape: list[Event] | None = None
-        self.count = Count(slack)
+        self.count = Count()
         self.phase = self.kind = ""
         self.layer_bytes = 0
 

@@ -24,7 +24,7 @@ from halfbyte.model.keep import KeepPlan
 from halfbyte.model.mode import measured
 from halfbyte.model.precision import computing_dtype
 from halfbyte.model.speeds import Speeds
-from halfbyte.plan.count import HEAP_SLACK, TIDY_SLACK, Moment
+from halfbyte.plan.count import Moment
 from halfbyte.plan.live import LiveBytes
 from halfbyte.plan.loaded import Base, load_without_memory, open_for_plan
 from halfbyte.plan.scratch import KINDS, SCRATCH
@@ -101,7 +101,6 @@ def peak_of(
     residency: Residency | None,
     folder: ModelFolder | None = None,
     speeds: Speeds | None = None,
-    long_steps: bool = False,
 ) -> Peak:
     """What a run takes at its peak.
 
@@ -114,12 +113,11 @@ def peak_of(
         residency: Where the base is.
         folder: Of the model, where it is not as it is stored.
         speeds: Of arithmetic and disk, where layers may wait on it.
-        long_steps: Whether steps are so long that each gives back what it freed (`train.memory`).
 
     Raises:
         HalfbyteError: What the run would have raised for these settings.
     """
-    live = LiveBytes(SCRATCH, KINDS, TIDY_SLACK if long_steps else HEAP_SLACK)
+    live = LiveBytes(SCRATCH, KINDS)
     with _quiet():
         model = _loaded(config, folder or open_for_plan(config.model), residency, live, largest.head)
         with live, live.doing("load", "adapters"):
